@@ -1,0 +1,58 @@
+# The tasks of people who work on tailnode or install it; cargo builds it.
+.DEFAULT_GOAL := help
+.PHONY: help build demo test interop check install uninstall
+
+# Finds cargo although sudo resets PATH, and leaves no files of root's in the tree.
+cargo := integration/cargo
+tools := target/tools
+
+help: ## show this
+	@sed -nE 's/^([a-z]+):.*## (.*)/make \1|\2/p' Makefile | column -t -s '|'
+
+build: ## compile the programs for release
+	$(cargo) build --release --workspace --bins
+
+demo: ## (root) see it work: two containers, two engines, one tailnet
+	@integration/demo
+
+test: ## (root) all tests: units, network namespaces, Podman and Docker in a lab
+	@[ "$$(id -u)" = 0 ] || { echo "make test: run me as root (sudo make test); 'cargo test' runs what needs no root" >&2; exit 1; }
+	$(cargo) test --workspace
+	@# Built as the tree's owner, run as root.
+	@set -e; $(cargo) build --workspace --bins; \
+	for test in $$($(cargo) test -p tailnode-tests --no-run --message-format=json | sed -nE 's/.*"executable":"([^"]+)".*/\1/p'); do \
+		echo "$$test --ignored"; (cd tests && "$$test" --ignored --test-threads 1); \
+	done
+	integration/engines
+
+interop: ## (root) our nodes with the programs of others: Tailscale's client and test server, Headscale
+	@[ "$$(id -u)" = 0 ] || { echo "make interop: run me as root (sudo make interop)" >&2; exit 1; }
+	@integration/peers/build >/dev/null
+	@set -e; $(cargo) build --workspace --bins; \
+	test=$$($(cargo) test -p tailnode-tests --test interop --no-run --message-format=json | sed -nE 's/.*"executable":"([^"]+)".*/\1/p'); \
+	"$$test" $(CASES) 2>target/interop.log || { echo "make interop: target/interop.log says more" >&2; exit 1; }
+
+check: $(tools)/bin/cargo-deny $(tools)/bin/cargo-machete ## format, lints, licences and advisories, unused dependencies, scripts
+	$(cargo) fmt --all --check
+	$(cargo) clippy --workspace --all-targets -- -D warnings
+	$(cargo) clippy -p tailnode-tests --test interop -- -D warnings
+	$(cargo) machete
+	@if $(cargo) deny fetch db 2>/dev/null; then \
+		$(cargo) deny --log-level error check; \
+	else \
+		echo "make check: the advisory database cannot be reached: advisories are NOT checked" >&2; \
+		$(cargo) deny --log-level error check bans licenses sources; \
+	fi
+	shellcheck --external-sources integration/lab integration/cargo integration/demo integration/engines integration/cases/* integration/peers/build packaging/install .ci/run
+
+$(tools)/bin/cargo-deny:
+	$(cargo) install --quiet --locked --debug --root $(tools) cargo-deny@0.20.2
+
+$(tools)/bin/cargo-machete:
+	$(cargo) install --quiet --locked --debug --root $(tools) cargo-machete@0.9.2
+
+install: build ## (root) install on this host and start tailnoded
+	@packaging/install
+
+uninstall: ## (root) remove the programs; keeps /etc/tailnode and /var/lib/tailnode
+	@packaging/install --remove

@@ -1,0 +1,188 @@
+//! `tailnode`: what the nodes of this host's containers are doing.
+
+mod status;
+
+use std::{
+    io::{self, Write},
+    process::ExitCode,
+    time::Duration,
+};
+
+use anyhow::bail;
+use clap::{Parser, Subcommand};
+use tailnode_plugin::api::{self, ContainerStatus, Request, Response};
+
+/// For the daemon to answer; it does so from memory.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// Containers as nodes of a tailnet.
+///
+/// It asks tailnoded at $TAILNODE_SOCKET, else at /run/tailnode/tailnoded.sock, which root may.
+#[derive(Parser)]
+#[command(name = "tailnode", version)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+/// What programs may rely on.
+const CONTRACT: &str = "\
+JSON is a list with one object for each network of each container, by the container's name. What is
+named here stays; more may come.
+  container, container_id, network
+  engine               podman or docker
+  interface            the device in the container; empty when it is gone
+  node                 hostname, name, addresses, login_server, home_relay, health, rx_bytes, tx_bytes
+  node.login.state     starting, needs-login (with url), needs-approval, running, offline (with error),
+                       refused (with error), expired, stopped
+  node.peers           of each: name, addresses, online (null: not said), rx_bytes, tx_bytes
+  node.peers[].path    via: idle, direct (with address) or relay (with region)
+
+Exit status: 0 done; 1 no answer from tailnoded, or no such container; 2 wrong usage.";
+
+#[derive(Subcommand)]
+enum Command {
+    /// Show the containers' nodes and their peers.
+    #[command(after_long_help = CONTRACT)]
+    Status {
+        /// Only the container of this name, or of an id that begins so.
+        container: Option<String>,
+        /// Print JSON.
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+fn main() -> ExitCode {
+    let Command::Status { container, json } = Arguments::parse().command;
+    match status(container.as_deref(), json) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("tailnode: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn status(container: Option<&str>, json: bool) -> anyhow::Result<()> {
+    let response = api::call(&api::socket_path(), &Request::Status, None, PATIENCE)?;
+    let Response::Status(mut list) = response else {
+        bail!("tailnoded gave an answer to something else: is it of another version?");
+    };
+    if let Some(wanted) = container {
+        list.retain(|status| is_called(status, wanted));
+        if list.is_empty() {
+            bail!(
+                "no container called {wanted} has a node; `tailnode status` lists those that have"
+            );
+        }
+    }
+    let text = match json {
+        true => serde_json::to_string_pretty(&list)? + "\n",
+        false => status::render(&list),
+    };
+    match io::stdout().write_all(text.as_bytes()) {
+        // The reader has seen enough, as with `| head`.
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+        result => Ok(result?),
+    }
+}
+
+/// By its name, or by the beginning of its id.
+fn is_called(status: &ContainerStatus, wanted: &str) -> bool {
+    status.container == wanted || (!wanted.is_empty() && status.container_id.starts_with(wanted))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use serde_json::Value;
+    use tailnode_node::{Login, PeerPath, PeerStatus, Status};
+    use tailnode_plugin::api::Engine;
+
+    use super::*;
+
+    fn words_of(value: &Value, words: &mut BTreeSet<String>) {
+        match value {
+            Value::Object(fields) => {
+                for (name, value) in fields {
+                    words.insert(name.clone());
+                    words_of(value, words);
+                }
+            }
+            Value::Array(values) => values.iter().for_each(|value| words_of(value, words)),
+            _ => {}
+        }
+    }
+
+    #[test]
+    fn help_names_every_field_and_every_state() {
+        let peer = |path| PeerStatus {
+            name: String::new(),
+            addresses: Vec::new(),
+            online: None,
+            path,
+            rx_bytes: 0,
+            tx_bytes: 0,
+        };
+        let container = |login| ContainerStatus {
+            container: String::new(),
+            container_id: String::new(),
+            engine: Engine::Docker,
+            network: String::new(),
+            interface: String::new(),
+            node: Status {
+                hostname: String::new(),
+                name: String::new(),
+                addresses: Vec::new(),
+                login,
+                login_server: String::new(),
+                home_relay: String::new(),
+                health: Vec::new(),
+                peers: vec![
+                    peer(PeerPath::Idle),
+                    peer(PeerPath::Direct {
+                        address: "10.0.0.1:1".parse().unwrap(),
+                    }),
+                    peer(PeerPath::Relay {
+                        region: String::new(),
+                    }),
+                ],
+                rx_bytes: 0,
+                tx_bytes: 0,
+            },
+        };
+        let (url, error) = (String::new(), String::new());
+        let list = [
+            Login::Starting,
+            Login::NeedsLogin { url },
+            Login::NeedsApproval,
+            Login::Running,
+            Login::Offline {
+                error: error.clone(),
+            },
+            Login::Refused { error },
+            Login::Expired,
+            Login::Stopped,
+        ]
+        .map(container);
+        let mut words = BTreeSet::new();
+        let json = serde_json::to_value(&list).unwrap();
+        words_of(&json, &mut words);
+        for status in json.as_array().unwrap() {
+            words.extend(status["node"]["login"]["state"].as_str().map(String::from));
+            words.extend(status["engine"].as_str().map(String::from));
+        }
+        for peer in json[0]["node"]["peers"].as_array().unwrap() {
+            words.extend(peer["path"]["via"].as_str().map(String::from));
+        }
+        assert!(words.contains("needs-approval") && words.contains("relay"));
+        for word in words {
+            let named = CONTRACT
+                .split(|c: char| !(c.is_ascii_alphanumeric() || c == '_' || c == '-'))
+                .any(|named| named == word);
+            assert!(named, "--help does not name {word}");
+        }
+    }
+}

@@ -1,0 +1,420 @@
+//! A small coordination server for Tailscale nodes, with a DERP relay and STUN in the same process.
+//!
+//! For one host, a LAN, CI or an air-gapped site: nodes join with an auth key or by approval at
+//! the command line, get addresses and names, see those peers that a policy lets them talk to, and
+//! reach each other directly or by the relay. `tailscaled` joins it as well as our own nodes do.
+//! It is no replacement for Headscale or Tailscale: there is one tailnet, no web login, no TLS of
+//! its own, no Tailscale SSH, Serve, Taildrop policy or tailnet lock, and one relay.
+//!
+//! ```no_run
+//! # async fn example() -> Result<(), tailnode_control_server::Error> {
+//! use tailnode_control_server::{Config, KeySpec, Server};
+//!
+//! let server = Server::start(Config::new("/var/lib/tailnode-control")).await?;
+//! let key = server.create_key(KeySpec { reusable: true, ..KeySpec::default() })?;
+//! println!("tailscale up --login-server={} --auth-key={key}", server.url());
+//! server.shutdown().await;
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! | module | what |
+//! |---|---|
+//! | `tailnet` | who has joined, by which right; names and addresses; no IO but the store's |
+//! | `policy` | who may reach whom |
+//! | `netmap` | what a node sees, and the difference to what it saw |
+//! | `store` | SQLite |
+//! | `machine` | `/machine/register`, `/machine/map` |
+//! | `web` | the HTTP listener |
+//! | `relay` | DERP |
+//! | [`admin`] | the command line's way in |
+
+use std::{
+    io,
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use chrono::Utc;
+use tailnode_wire::{
+    stun,
+    tailcfg::{DerpMap, DerpNode, DerpRegion, NodeId, RegionId},
+};
+use tokio::{
+    net::{TcpListener, UdpSocket},
+    task::JoinSet,
+};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use url::Url;
+
+pub mod admin;
+mod machine;
+mod netmap;
+mod policy;
+mod relay;
+mod store;
+mod tailnet;
+mod web;
+
+pub use policy::{Policy, PolicyError};
+pub use store::AuthKey;
+pub use tailnet::{KeySpec, NodeSummary};
+
+use crate::{
+    relay::Relay,
+    store::Store,
+    tailnet::{Site, Tailnet},
+};
+
+/// The DERP region that this server is; 900 to 999 are for private use (tailcfg/derpmap.go).
+pub const DERP_REGION: RegionId = 900;
+/// Suffix of all names, unless another is chosen; `internal` is reserved for such use by ICANN.
+pub const DEFAULT_DOMAIN: &str = "tail.internal";
+
+/// How a server is to run.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// Where HTTP listens; port 0 takes a free one.
+    pub listen: SocketAddr,
+    /// Where STUN listens; `None`: nowhere.
+    pub stun: Option<SocketAddr>,
+    /// How nodes reach the server; `None`: at the address that it listens on.
+    pub url: Option<Url>,
+    /// The state directory; made if need be.
+    pub state: PathBuf,
+    /// Suffix of all names.
+    pub domain: String,
+    /// The policy file; `None`: what `policy set` said last, or everything is allowed.
+    pub policy: Option<PathBuf>,
+}
+
+impl Config {
+    /// On free ports of loopback, with everything allowed.
+    pub fn new(state: impl Into<PathBuf>) -> Self {
+        Self {
+            listen: ([127, 0, 0, 1], 0).into(),
+            stun: Some(([127, 0, 0, 1], 0).into()),
+            url: None,
+            state: state.into(),
+            domain: DEFAULT_DOMAIN.to_owned(),
+            policy: None,
+        }
+    }
+}
+
+/// What can go wrong; the message says what to do.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The state directory.
+    #[error("state directory {}: {source}; give another with --state", dir.display())]
+    StateDir {
+        /// Which.
+        dir: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// The database.
+    #[error("the state cannot be read or written: {0}")]
+    Store(#[from] rusqlite::Error),
+    /// The state is a later version's.
+    #[error("{} has version {version}, which this version does not know: update it", path.display())]
+    NewerState {
+        /// The database.
+        path: PathBuf,
+        /// Its version.
+        version: i64,
+    },
+    /// The state has something that no version wrote.
+    #[error("the state is damaged ({0}): restore it from a backup")]
+    Damaged(String),
+    /// An address is taken, or not ours.
+    #[error("cannot listen on {addr}: {source}")]
+    Listen {
+        /// Which.
+        addr: SocketAddr,
+        /// Why.
+        source: io::Error,
+    },
+    /// The server runs, but not well.
+    #[error("{0}")]
+    Serve(io::Error),
+    /// The URL that nodes are to use.
+    #[error("the server's URL is not valid: {0}; give it as --url http://HOST:PORT")]
+    Url(url::ParseError),
+    /// The URL has no host.
+    #[error("the server's URL {0} has no host; give it as --url http://HOST:PORT")]
+    NoHost(Url),
+    /// The policy file.
+    #[error("policy file {}: {source}", path.display())]
+    PolicyFile {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// The policy.
+    #[error(transparent)]
+    Policy(#[from] PolicyError),
+    /// `policy set` while a file rules.
+    #[error("the server reads its policy from a file: change that, and send the server SIGHUP")]
+    PolicyIsAFile,
+    /// A message is not what it should be.
+    #[error("the request cannot be read: {0}")]
+    Request(serde_json::Error),
+    /// The running server's socket.
+    #[error("the running server does not answer on its admin socket: {0}")]
+    Admin(io::Error),
+    /// The running server says no.
+    #[error("{0}")]
+    Refused(String),
+    /// No node of that number.
+    #[error("there is no node {id}; `tailnode-control node list` shows them")]
+    NoNode {
+        /// The number.
+        id: NodeId,
+    },
+    /// No node waits there.
+    #[error("no node waits under {id:?}; the node shows the right one when it asks to log in")]
+    NoPending {
+        /// What was given.
+        id: String,
+    },
+    /// No auth key of that name.
+    #[error("there is no auth key {id:?}; `tailnode-control key list` shows them")]
+    NoKey {
+        /// What was given.
+        id: String,
+    },
+    /// Not a tag.
+    #[error("{tag:?} is not a tag; write it tag:name, with letters, digits and dashes")]
+    BadTag {
+        /// What was given.
+        tag: String,
+    },
+    /// Not a login name.
+    #[error("{user:?} is not a login name; write it name@domain")]
+    BadUser {
+        /// What was given.
+        user: String,
+    },
+    /// A node asks for a tag that is not its owner's to give.
+    #[error("{tag} is not {user}'s to give: name them under tagOwners in the policy")]
+    TagNotOwned {
+        /// The tag.
+        tag: String,
+        /// Who would own the node.
+        user: String,
+    },
+    /// All addresses are taken.
+    #[error("all addresses of 100.64.0.0/10 are taken; delete nodes that are gone")]
+    NoAddress,
+}
+
+/// A running server; it ends when this is dropped.
+pub struct Server {
+    url: Url,
+    stun: Option<SocketAddr>,
+    policy: Option<PathBuf>,
+    site: Arc<web::Site>,
+    /// Those that accept; the connections are in `site.tasks`.
+    tasks: JoinSet<()>,
+}
+
+impl Server {
+    /// Starts a server; it serves once this returns.
+    pub async fn start(config: Config) -> Result<Self, Error> {
+        let listen = |addr| move |source| Error::Listen { addr, source };
+        let store = Store::open(&config.state)?;
+        let identity = store.identity()?;
+        let policy = config.policy.as_deref().map(read_policy).transpose()?;
+
+        let http = TcpListener::bind(config.listen)
+            .await
+            .map_err(listen(config.listen))?;
+        let http_addr = http.local_addr().map_err(Error::Serve)?;
+        let stun = match config.stun {
+            Some(addr) => Some(UdpSocket::bind(addr).await.map_err(listen(addr))?),
+            None => None,
+        };
+        let stun_addr = stun
+            .as_ref()
+            .map(UdpSocket::local_addr)
+            .transpose()
+            .map_err(Error::Serve)?;
+        let url = match config.url {
+            Some(url) => url,
+            None => format!("http://{http_addr}").parse().map_err(Error::Url)?,
+        };
+        let derp_map = derp_map(&url, stun_addr)?;
+        let domain = config.domain.trim_matches('.').to_ascii_lowercase();
+        store.set_domain(&domain)?;
+        let tailnet_site = Site {
+            url: url.clone(),
+            domain,
+            derp_map,
+        };
+        let tailnet = Arc::new(Tailnet::open(store, tailnet_site, policy)?);
+        let admin = admin::listen(&config.state).map_err(|source| Error::StateDir {
+            dir: config.state.clone(),
+            source,
+        })?;
+
+        let site = Arc::new(web::Site {
+            tailnet: Arc::clone(&tailnet),
+            relay: Relay::new(identity.derp),
+            machine: identity.machine,
+            tasks: TaskTracker::new(),
+            stop: CancellationToken::new(),
+        });
+        let mut tasks = JoinSet::new();
+        tasks.spawn(web::serve(http, Arc::clone(&site)));
+        tasks.spawn(admin::serve(
+            admin,
+            Arc::clone(&tailnet),
+            config.policy.is_some(),
+        ));
+        tasks.spawn(machine::reap(tailnet));
+        if let Some(stun) = stun {
+            tasks.spawn(reflect(stun));
+        }
+        Ok(Self {
+            url,
+            stun: stun_addr,
+            policy: config.policy,
+            site,
+            tasks,
+        })
+    }
+
+    /// How nodes reach it: their login server.
+    pub fn url(&self) -> &Url {
+        &self.url
+    }
+
+    /// Where STUN listens.
+    pub fn stun(&self) -> Option<SocketAddr> {
+        self.stun
+    }
+
+    /// Makes an auth key and returns it.
+    pub fn create_key(&self, spec: KeySpec) -> Result<String, Error> {
+        self.site.tailnet.state().create_key(spec, Utc::now())
+    }
+
+    /// All nodes, in the order in which they joined.
+    pub fn nodes(&self) -> Vec<NodeSummary> {
+        self.site.tailnet.state().nodes()
+    }
+
+    /// Lets the node in whose AuthURL ends in `id`.
+    pub fn approve(&self, id: &str) -> Result<NodeId, Error> {
+        self.site
+            .tailnet
+            .change(|state| state.approve(id, None, Utc::now()))
+    }
+
+    /// Makes a node log in again.
+    pub fn expire_node(&self, id: NodeId) -> Result<(), Error> {
+        self.site
+            .tailnet
+            .change(|state| state.expire(id, Utc::now()))
+    }
+
+    /// Forgets a node.
+    pub fn delete_node(&self, id: NodeId) -> Result<(), Error> {
+        self.site.tailnet.change(|state| state.remove(id))
+    }
+
+    /// Enforces another policy from now on.
+    pub fn set_policy(&self, policy: Policy) {
+        self.site.tailnet.state().policy = policy;
+        self.site.tailnet.changed();
+    }
+
+    /// Reads the policy file again; on an error the old policy stays. Without a file, nothing.
+    pub fn reload_policy(&self) -> Result<(), Error> {
+        if let Some(path) = &self.policy {
+            self.set_policy(read_policy(path)?);
+        }
+        Ok(())
+    }
+
+    /// Ends the server and all its connections.
+    pub async fn shutdown(mut self) {
+        self.tasks.shutdown().await;
+        self.site.stop.cancel();
+        self.site.tasks.close();
+        self.site.tasks.wait().await;
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.site.stop.cancel();
+    }
+}
+
+/// Reads and checks a policy file.
+pub fn read_policy(path: &Path) -> Result<Policy, Error> {
+    let unreadable = |source| Error::PolicyFile {
+        path: path.to_owned(),
+        source,
+    };
+    Ok(std::fs::read_to_string(path).map_err(unreadable)?.parse()?)
+}
+
+/// One region with one server: this one.
+fn derp_map(url: &Url, stun: Option<SocketAddr>) -> Result<DerpMap, Error> {
+    let host = url.host().ok_or_else(|| Error::NoHost(url.clone()))?;
+    let mut node = DerpNode {
+        name: format!("{DERP_REGION}a"),
+        region_id: DERP_REGION,
+        derp_port: url.port_or_known_default().unwrap_or_default(),
+        stun_port: stun.map_or(-1, |addr| addr.port().into()),
+        can_port80: url.scheme() == "http",
+        ..DerpNode::default()
+    };
+    match host {
+        url::Host::Domain(name) => node.host_name = name.to_owned(),
+        url::Host::Ipv4(ip) => {
+            node.host_name = ip.to_string();
+            node.ipv4 = ip.to_string();
+            node.ipv6 = "none".to_owned();
+        }
+        url::Host::Ipv6(ip) => {
+            node.host_name = ip.to_string();
+            node.ipv6 = ip.to_string();
+            node.ipv4 = "none".to_owned();
+        }
+    }
+    let region = DerpRegion {
+        region_id: DERP_REGION,
+        region_code: "tailnode".to_owned(),
+        region_name: "tailnode-control".to_owned(),
+        nodes: vec![node],
+        ..DerpRegion::default()
+    };
+    Ok(DerpMap {
+        regions: [(DERP_REGION, region)].into(),
+        omit_default_regions: true,
+    })
+}
+
+/// Tells everyone who asks by STUN where the question came from.
+async fn reflect(socket: UdpSocket) {
+    let mut packet = [0; 1500];
+    loop {
+        let answered = async {
+            let (len, from) = socket.recv_from(&mut packet).await?;
+            if let Ok(tx_id) = stun::parse_request(&packet[..len]) {
+                socket.send_to(&stun::response(&tx_id, from), from).await?;
+            }
+            io::Result::Ok(())
+        };
+        if let Err(error) = answered.await {
+            // One answer that cannot be sent is no reason to stop.
+            tracing::debug!("STUN: {error}");
+        }
+    }
+}

@@ -1,0 +1,1207 @@
+//! The session with the control server: joining, the map stream, and telling where we are.
+//!
+//! One task per node. It connects (`/key`, then ts2021, then HTTP/2 inside), registers, follows
+//! the map stream, and begins again when any of that breaks. Decisions live in [`registration`]
+//! and [`frames`], which do no IO.
+//!
+//! What is ignored by design: dial plans (the login server's own name is enough), SSH policies,
+//! and commands to exit or to probe peers.
+
+use std::{convert::Infallible, net::SocketAddr, pin::pin, sync::Arc, time::Duration};
+
+use bytes::{Bytes, BytesMut};
+use chrono::{DateTime, Utc};
+use http::{HeaderValue, Method, Request, Response, StatusCode, header};
+use http_body_util::{BodyExt, Empty, Full};
+use hyper::{body::Incoming, client::conn::http2};
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use serde::Serialize;
+use tailnode_wire::{
+    CAPABILITY_VERSION, noise,
+    tailcfg::{
+        EndpointType, Hostinfo, MapRequest, MapResponse, NetInfo, OverTlsPublicKeyResponse,
+        PingRequest, RegisterRequest, RegisterResponse,
+    },
+};
+use tokio::{
+    sync::{mpsc, oneshot, watch},
+    task::JoinSet,
+    time::{Instant, sleep, timeout},
+};
+use tokio_util::{codec::Decoder, either::Either, task::AbortOnDropHandle};
+use tracing::{Instrument, debug, info, warn};
+use url::Url;
+
+mod frames;
+mod registration;
+
+use frames::Frames;
+use registration::{Registration, Step};
+
+use crate::{
+    dial::{self, Backoff, Http},
+    netmap::{expiry, is_expired},
+    state::Keys,
+    status::Login,
+};
+
+/// How long a new connection may take, from DNS to HTTP/2.
+const CONNECT: Duration = Duration::from_secs(20);
+/// How long an answer may take that no person must give.
+const ANSWER: Duration = Duration::from_secs(30);
+/// The map stream is dead after this silence (controlclient/direct.go, watchdogTimeout).
+const WATCHDOG: Duration = Duration::from_secs(120);
+/// HTTP/2 pings while an answer is awaited, so that a dead connection shows before the watchdog.
+const H2_PING: Duration = Duration::from_secs(45);
+/// How long such a ping may take.
+const H2_PONG: Duration = Duration::from_secs(20);
+/// A map stream that lived so long was a good one: the next may begin soon.
+const SETTLED: Duration = Duration::from_secs(10);
+/// The longest sleep that the server may order (controlclient/direct.go, sleepAsRequested).
+const MAX_SLEEP: Duration = Duration::from_secs(300);
+/// Pings of the server answered at a time.
+const MAX_PINGS: usize = 4;
+/// How long the answer to a ping may take (controlclient/direct.go, answerHeadPing).
+const PING: Duration = Duration::from_secs(15);
+/// Largest answer that is not a map.
+const MAX_ANSWER: usize = 1 << 20;
+
+/// Text that must not be seen: its `Debug` shows nothing of it.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Secret(String);
+
+impl Secret {
+    /// Takes a secret, without the line end that files have.
+    pub fn new(text: impl AsRef<str>) -> Self {
+        Self(text.as_ref().trim().to_owned())
+    }
+
+    /// The secret itself.
+    pub fn expose(&self) -> &str {
+        &self.0
+    }
+}
+
+impl std::fmt::Debug for Secret {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("[redacted]")
+    }
+}
+
+/// Whom to join as what.
+#[derive(Debug)]
+pub struct Config {
+    /// The control server, `http` or `https`.
+    pub login_server: Url,
+    /// A key to join with; without one, a person must log in.
+    pub auth_key: Option<Secret>,
+    /// The name to ask for.
+    pub hostname: String,
+    /// Tags to ask for, `tag:` included.
+    pub tags: Vec<String>,
+    /// Ask to be forgotten when gone.
+    pub ephemeral: bool,
+    /// Whom to trust: [`dial::tls_config`].
+    pub tls: Arc<rustls::ClientConfig>,
+}
+
+/// What the control server should know of our network.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Advertised {
+    /// Where peers may reach us by UDP.
+    pub endpoints: Vec<(SocketAddr, EndpointType)>,
+    /// What we learned of our network, the home relay included.
+    pub net_info: NetInfo,
+}
+
+/// What the session has to tell.
+#[derive(Debug)]
+pub enum Event {
+    /// How we stand with the control server; sent when it changes.
+    Login(Login),
+    /// A message of the map stream.
+    Map {
+        /// The message.
+        response: Box<MapResponse>,
+        /// It begins a stream: forget what it does not mention.
+        first: bool,
+    },
+    /// We have a new node key: keep it, it is our name now.
+    KeysRotated(Keys),
+}
+
+/// A running session. It ends when this is dropped.
+#[derive(Debug)]
+pub struct Handle {
+    advertised: watch::Sender<Advertised>,
+    /// Carries who waits for the logout.
+    logout: oneshot::Sender<oneshot::Sender<()>>,
+    task: AbortOnDropHandle<()>,
+}
+
+impl Handle {
+    /// Tells the control server where we are, now and after every reconnect; several calls in a
+    /// row cost one request.
+    pub fn advertise(&self, advertised: Advertised) {
+        self.advertised.send_if_modified(|old| {
+            let changed = *old != advertised;
+            *old = advertised;
+            changed
+        });
+    }
+
+    /// Ends the session and tells the control server to forget us, if it can be told in time.
+    pub async fn logout(self, within: Duration) {
+        let Self {
+            advertised: _open,
+            logout,
+            task,
+        } = self;
+        let (done, finished) = oneshot::channel();
+        if logout.send(done).is_err() {
+            debug!("the session had ended before the logout");
+        } else if timeout(within, finished).await.is_err() {
+            warn!("the control server does not answer: the node stays listed there for now");
+        }
+        task.abort();
+    }
+}
+
+/// Starts a session. It ends with its handle, or when nobody takes its events.
+pub fn spawn(config: Config, keys: Keys, events: mpsc::Sender<Event>) -> Handle {
+    let (advertised_tx, advertised) = watch::channel(Advertised::default());
+    let (logout_tx, logout) = oneshot::channel::<oneshot::Sender<()>>();
+    let hostinfo = hostinfo(&config);
+    let span = tracing::info_span!("control", hostname = config.hostname);
+    let mut session = Session {
+        config,
+        hostinfo,
+        keys,
+        events,
+        advertised,
+        connection: None,
+        login: Login::Starting,
+        standing: Login::Running,
+        registration: None,
+        registered: false,
+        rotate: false,
+        resume: None,
+        last_ping: String::new(),
+    };
+    let task = tokio::spawn(
+        async move {
+            let mut logout = pin!(logout);
+            let asked = tokio::select! {
+                biased;
+                asked = &mut logout => asked,
+                () = session.run() => logout.await,
+            };
+            // An error says that the handle is gone, and with it the wish to log out.
+            if let Ok(done) = asked {
+                match session.logout().await {
+                    Ok(()) => info!("no longer a member"),
+                    Err(failure) => {
+                        warn!(?failure, "the control server was not told of the logout")
+                    }
+                }
+                // Whoever asked may have stopped waiting.
+                let _ = done.send(());
+            }
+        }
+        .instrument(span),
+    );
+    Handle {
+        advertised: advertised_tx,
+        logout: logout_tx,
+        task: AbortOnDropHandle::new(task),
+    }
+}
+
+/// Why a session cannot go on as it is.
+#[derive(Debug)]
+enum Failure {
+    /// Try again.
+    Retry {
+        error: String,
+        /// Not sooner than the server asked for.
+        after: Option<Duration>,
+    },
+    /// The server's no.
+    Refused(String),
+    /// The node key has expired.
+    Expired,
+    /// Nobody takes our events.
+    Unheard,
+}
+
+impl From<dial::Error> for Failure {
+    fn from(error: dial::Error) -> Self {
+        retry(error)
+    }
+}
+
+impl From<hyper::Error> for Failure {
+    fn from(error: hyper::Error) -> Self {
+        retry(dial::Error::from(error))
+    }
+}
+
+fn retry(error: impl ToString) -> Failure {
+    Failure::Retry {
+        error: error.to_string(),
+        after: None,
+    }
+}
+
+struct Session {
+    config: Config,
+    hostinfo: Hostinfo,
+    keys: Keys,
+    events: mpsc::Sender<Event>,
+    advertised: watch::Receiver<Advertised>,
+    connection: Option<Connection>,
+    /// What was last reported.
+    login: Login,
+    /// How the last map that spoke of us saw us.
+    standing: Login,
+    /// An attempt to join that a lost connection does not end.
+    registration: Option<Registration>,
+    registered: bool,
+    /// The node key is known to have expired.
+    rotate: bool,
+    resume: Option<Resume>,
+    /// The URL of the last ping answered: servers repeat pings in every message.
+    last_ping: String,
+}
+
+/// A map session that the server may let us rejoin.
+struct Resume {
+    handle: String,
+    seq: i64,
+}
+
+impl Session {
+    /// Stays in the tailnet; returns when there is no sense in trying again.
+    async fn run(&mut self) {
+        let mut backoff = Backoff::default();
+        loop {
+            let mut live = None;
+            let Err(failure) = self.attempt(&mut live).await;
+            self.connection = None;
+            if live.is_some_and(|since: Instant| since.elapsed() >= SETTLED) {
+                backoff.reset();
+            }
+            let (report, after) = match failure {
+                // A stream that ends is begun again; only if that fails is the server away.
+                Failure::Retry { error, after } if live.is_some() => {
+                    debug!(error, "the map stream ended");
+                    (None, after)
+                }
+                Failure::Retry { error, after } => {
+                    let error = format!("{}: {error}", self.config.login_server);
+                    (Some(Login::Offline { error }), after)
+                }
+                Failure::Refused(words) => {
+                    let error = format!(
+                        "{words} (correct the auth key, the tags or the name, and start the node \
+                         again)"
+                    );
+                    let refused = Login::Refused { error };
+                    if self.report(refused).await.is_err() {
+                        debug!("nobody takes the refusal");
+                    }
+                    return;
+                }
+                Failure::Expired => {
+                    self.registered = false;
+                    self.rotate = true;
+                    (Some(Login::Expired), None)
+                }
+                Failure::Unheard => return,
+            };
+            if let Some(report) = report
+                && self.report(report).await.is_err()
+            {
+                return;
+            }
+            match after {
+                Some(after) => sleep(after).await,
+                None => backoff.wait().await,
+            }
+        }
+    }
+
+    /// Connects, joins and follows the map. `live` is set when the map stands.
+    async fn attempt(&mut self, live: &mut Option<Instant>) -> Result<Infallible, Failure> {
+        let connection = Connection::open(&self.config, &self.keys).await?;
+        self.connection = Some(connection.clone());
+        if !self.registered {
+            self.register(&connection).await?;
+        }
+        self.follow(&connection, live).await
+    }
+
+    async fn register(&mut self, connection: &Connection) -> Result<(), Failure> {
+        let mut pace = Backoff::default();
+        let mut registration = self.registration.take().unwrap_or_else(|| {
+            let has_key = self.config.auth_key.is_some();
+            Registration::new(self.keys.node.clone(), has_key, self.rotate)
+        });
+        if let Some(url) = registration.visit() {
+            let url = url.to_owned();
+            self.report(Login::NeedsLogin { url }).await?;
+        }
+        loop {
+            let request = registration.request(
+                self.config.auth_key.as_ref(),
+                self.hostinfo.clone(),
+                self.config.ephemeral,
+            );
+            let answer = if registration.visit().is_some() {
+                connection.register(&request).await
+            } else {
+                timeout(ANSWER, connection.register(&request))
+                    .await
+                    .unwrap_or_else(|_| {
+                        Err(retry(format!(
+                            "no answer to the registration in {} s",
+                            ANSWER.as_secs()
+                        )))
+                    })
+            };
+            let answer = match answer {
+                Ok(answer) => answer,
+                Err(failure) => {
+                    // The page may be visited while we are away, and then names these keys.
+                    self.registration = Some(registration);
+                    return Err(failure);
+                }
+            };
+            match registration.answer(answer) {
+                Step::Again => {}
+                Step::Lapsed => pace.wait().await,
+                Step::Visit(url) => {
+                    let login = Login::NeedsLogin { url };
+                    if self.login == login {
+                        // Not all servers wait for the person before they answer.
+                        pace.wait().await;
+                    }
+                    self.report(login).await?;
+                }
+                Step::Refused(words) => return Err(Failure::Refused(words)),
+                Step::Expired => return Err(Failure::Expired),
+                Step::Joined { node, rotated } => {
+                    self.registered = true;
+                    self.rotate = false;
+                    if rotated {
+                        self.keys.node = node;
+                        self.resume = None;
+                        self.tell(Event::KeysRotated(self.keys.clone())).await?;
+                    }
+                    return Ok(());
+                }
+            }
+        }
+    }
+
+    async fn follow(
+        &mut self,
+        connection: &Connection,
+        live: &mut Option<Instant>,
+    ) -> Result<Infallible, Failure> {
+        let silence = || retry(format!("nothing heard for {} s", WATCHDOG.as_secs()));
+        let mut updates = Updates {
+            connection: connection.clone(),
+            advertised: self.advertised.clone(),
+            template: self.map_request(),
+        };
+        let request = MapRequest {
+            compress: "zstd".into(),
+            keep_alive: true,
+            stream: true,
+            omit_peers: false,
+            map_session_handle: self
+                .resume
+                .as_ref()
+                .map(|r| r.handle.clone())
+                .unwrap_or_default(),
+            map_session_seq: self.resume.as_ref().map_or(0, |r| r.seq),
+            ..updates.request()
+        };
+        let response = timeout(WATCHDOG, connection.post("/machine/map", &request))
+            .await
+            .map_err(|_| silence())??;
+        let status = response.status();
+        if status != StatusCode::OK {
+            // The server does not know us (any more), or not by this key: join again.
+            if status.is_client_error() && status != StatusCode::TOO_MANY_REQUESTS {
+                self.registered = false;
+                self.resume = None;
+            }
+            return Err(unwelcome("/machine/map", response).await);
+        }
+
+        let mut body = response.into_body();
+        let mut buffer = BytesMut::new();
+        let mut updates = pin!(updates.run());
+        let mut pings = JoinSet::new();
+        let mut expires = None;
+        loop {
+            while let Some(message) = Frames.decode(&mut buffer).map_err(retry)? {
+                if let Some(ping) = &message.ping_request {
+                    self.ping(ping, connection, &mut pings);
+                }
+                if let Some(node) = &message.node {
+                    expires = expiry(node);
+                }
+                self.take(message, live).await?;
+            }
+            tokio::select! {
+                frame = timeout(WATCHDOG, body.frame()) => match frame {
+                    Err(_) => return Err(silence()),
+                    Ok(None) => return Err(retry("the control server ended the map stream")),
+                    Ok(Some(frame)) => if let Ok(data) = frame?.into_data() {
+                        buffer.extend_from_slice(&data);
+                    },
+                },
+                never = &mut updates => match never {},
+                Some(ping) = pings.join_next() => if let Err(error) = ping {
+                    debug!(%error, "answering a ping failed");
+                },
+                () = moment(expires) => return Err(Failure::Expired),
+            }
+        }
+    }
+
+    /// Takes one message of the map stream.
+    async fn take(
+        &mut self,
+        message: MapResponse,
+        live: &mut Option<Instant>,
+    ) -> Result<(), Failure> {
+        if let Some(debug) = &message.debug {
+            self.obey(debug).await;
+        }
+        if !message.pop_browser_url.is_empty() {
+            info!(
+                url = message.pop_browser_url,
+                "the control server wants this page to be opened"
+            );
+        }
+        if message.keep_alive {
+            return Ok(());
+        }
+        let mut first = false;
+        if live.is_none() {
+            // The server lets us rejoin a session by naming it again.
+            let rejoined = self
+                .resume
+                .as_ref()
+                .is_some_and(|resume| resume.handle == message.map_session_handle);
+            if !rejoined {
+                if message.node.is_none() {
+                    return Err(retry("the first map does not tell who we are"));
+                }
+                first = true;
+                self.resume = Some(message.map_session_handle.clone())
+                    .filter(|handle| !handle.is_empty())
+                    .map(|handle| Resume { handle, seq: 0 });
+            }
+            *live = Some(Instant::now());
+        }
+        if let Some(resume) = &mut self.resume
+            && message.seq != 0
+        {
+            resume.seq = message.seq;
+        }
+        if let Some(node) = &message.node {
+            self.standing = if is_expired(node, Utc::now()) {
+                Login::Expired
+            } else if !node.machine_authorized {
+                Login::NeedsApproval
+            } else {
+                Login::Running
+            };
+        }
+        if self.standing == Login::NeedsApproval {
+            // Before the map, which looks like that of any member to those who wait for one.
+            self.report(Login::NeedsApproval).await?;
+        }
+        let event = Event::Map {
+            response: Box::new(message),
+            first,
+        };
+        self.tell(event).await?;
+        match self.standing.clone() {
+            Login::Expired => Err(Failure::Expired),
+            standing => self.report(standing).await,
+        }
+    }
+
+    async fn obey(&self, debug: &tailnode_wire::tailcfg::Debug) {
+        if debug.sleep_seconds > 0.0 {
+            let asked = Duration::try_from_secs_f64(debug.sleep_seconds).unwrap_or(MAX_SLEEP);
+            info!(?asked, "the control server orders a pause");
+            sleep(asked.min(MAX_SLEEP)).await;
+        }
+        if let Some(code) = debug.exit {
+            // One tailnet's server does not end the daemon of them all.
+            warn!(code, "the control server's order to exit is ignored");
+        }
+    }
+
+    /// Answers a ping in the background.
+    fn ping(&mut self, ping: &PingRequest, connection: &Connection, pings: &mut JoinSet<()>) {
+        if ping.url.is_empty() || ping.url == self.last_ping || pings.len() >= MAX_PINGS {
+            return;
+        }
+        self.last_ping.clone_from(&ping.url);
+        let Ok(url) = ping.url.parse::<Url>() else {
+            debug!(
+                url = ping.url,
+                "a ping of the control server has no valid URL"
+            );
+            return;
+        };
+        let answer = match &*ping.types {
+            "" if ping.url_is_noise => Either::Left(connection.clone().ping(url, Method::HEAD, "")),
+            "c2n" => Either::Left(connection.clone().ping(url, Method::POST, NOT_SUPPORTED)),
+            // Only there: a foreign tailnet's server has no business with what else this host
+            // can reach.
+            "" if url.host() == self.config.login_server.host() => {
+                Either::Right(head(url, self.config.tls.clone()))
+            }
+            types => {
+                info!(
+                    types,
+                    "the control server asks for a kind of ping that this node does not answer"
+                );
+                return;
+            }
+        };
+        let log = ping.log;
+        pings.spawn(async move {
+            match timeout(PING, answer).await {
+                Ok(Ok(())) if log => info!("answered the control server's ping"),
+                Ok(Ok(())) => {}
+                Ok(Err(failure)) => debug!(?failure, "cannot answer the control server's ping"),
+                Err(_) => debug!("the answer to the control server's ping took too long"),
+            }
+        });
+    }
+
+    /// Ends the node's membership.
+    async fn logout(&mut self) -> Result<(), Failure> {
+        // A server that never let us in has nobody to forget, and would take us for a newcomer.
+        if matches!(self.login, Login::Refused { .. } | Login::NeedsLogin { .. }) {
+            return Ok(());
+        }
+        let connection = match self.connection.take() {
+            Some(connection) if connection.is_open() => connection,
+            _ => Connection::open(&self.config, &self.keys).await?,
+        };
+        let request = RegisterRequest {
+            version: CAPABILITY_VERSION,
+            node_key: self.keys.node.public,
+            old_node_key: None,
+            auth: None,
+            // Any time long gone (controlclient/direct.go).
+            expiry: DateTime::from_timestamp(123, 0),
+            followup: String::new(),
+            hostinfo: Some(self.hostinfo.clone()),
+            ephemeral: self.config.ephemeral,
+        };
+        let answer = connection.register(&request).await?;
+        if answer.error.is_empty() {
+            Ok(())
+        } else {
+            Err(Failure::Refused(answer.error))
+        }
+    }
+
+    /// What all map requests have in common.
+    fn map_request(&self) -> MapRequest {
+        MapRequest {
+            version: CAPABILITY_VERSION,
+            compress: String::new(),
+            keep_alive: false,
+            node_key: self.keys.node.public,
+            disco_key: self.keys.disco.public,
+            stream: false,
+            hostinfo: Some(self.hostinfo.clone()),
+            map_session_handle: String::new(),
+            map_session_seq: 0,
+            endpoints: Vec::new(),
+            endpoint_types: Vec::new(),
+            omit_peers: true,
+            read_only: false,
+        }
+    }
+
+    async fn report(&mut self, login: Login) -> Result<(), Failure> {
+        if self.login == login {
+            return Ok(());
+        }
+        self.login = login.clone();
+        self.tell(Event::Login(login)).await
+    }
+
+    async fn tell(&self, event: Event) -> Result<(), Failure> {
+        self.events.send(event).await.map_err(|_| Failure::Unheard)
+    }
+}
+
+/// Keeps the control server told of where we are, for the life of one map stream.
+///
+/// Servers may ignore what the stream's own request says (tailcfg.go, capability version 68), so
+/// it is said again beside it.
+struct Updates {
+    connection: Connection,
+    advertised: watch::Receiver<Advertised>,
+    template: MapRequest,
+}
+
+impl Updates {
+    fn request(&mut self) -> MapRequest {
+        let Advertised {
+            endpoints,
+            net_info,
+        } = self.advertised.borrow_and_update().clone();
+        let mut request = self.template.clone();
+        if let Some(hostinfo) = &mut request.hostinfo {
+            hostinfo.net_info = Some(net_info);
+        }
+        (request.endpoints, request.endpoint_types) = endpoints.into_iter().unzip();
+        request
+    }
+
+    async fn run(mut self) -> Infallible {
+        let mut backoff = Backoff::default();
+        loop {
+            let request = self.request();
+            let sent = timeout(ANSWER, self.connection.update(&request));
+            match sent.await.unwrap_or_else(|_| Err(retry("no answer"))) {
+                Ok(()) => {
+                    backoff.reset();
+                    if self.advertised.changed().await.is_err() {
+                        // The handle is gone; the session ends with it.
+                        std::future::pending::<()>().await;
+                    }
+                }
+                Err(failure) => {
+                    warn!(?failure, "cannot tell the control server our endpoints");
+                    backoff.wait().await;
+                }
+            }
+        }
+    }
+}
+
+/// HTTP/2 inside ts2021. It closes when the last clone is dropped.
+#[derive(Clone)]
+struct Connection {
+    sender: http2::SendRequest<Full<Bytes>>,
+    /// `https://` and the server's name, as HTTP/2 wants it in every request.
+    origin: String,
+    base: String,
+    _driver: Arc<AbortOnDropHandle<()>>,
+}
+
+impl Connection {
+    async fn open(config: &Config, keys: &Keys) -> Result<Self, Failure> {
+        timeout(CONNECT, Self::open_slowly(config, keys))
+            .await
+            .unwrap_or_else(|_| Err(retry(format!("no connection in {} s", CONNECT.as_secs()))))
+    }
+
+    async fn open_slowly(config: &Config, keys: &Keys) -> Result<Self, Failure> {
+        let server = &config.login_server;
+        let base = server.path().trim_end_matches('/').to_owned();
+        let mut http = connect(server, config.tls.clone()).await?;
+        let key = get(
+            server,
+            Method::GET,
+            &format!("{base}/key?v={CAPABILITY_VERSION}"),
+        )?;
+        let key = dial::body(http.send(key, StatusCode::OK).await?, MAX_ANSWER).await?;
+        let OverTlsPublicKeyResponse { public_key } =
+            serde_json::from_slice(&key).map_err(|error| {
+                retry(format!(
+                    "the answer to /key is not a control server's: {error}"
+                ))
+            })?;
+
+        // The version is far below 65536: tailcfg.go adds a few a month.
+        let version = CAPABILITY_VERSION as u16;
+        let (pending, handshake) = noise::initiate(&keys.machine, &public_key, version);
+        let mut upgrade = get(server, Method::POST, "/ts2021")?;
+        let headers = upgrade.headers_mut();
+        headers.insert(header::UPGRADE, HeaderValue::from_static(noise::UPGRADE));
+        headers.insert(header::CONNECTION, HeaderValue::from_static("upgrade"));
+        headers.insert(noise::HANDSHAKE_HEADER, handshake.parse().map_err(retry)?);
+        if !http.is_open().await {
+            http = connect(server, config.tls.clone()).await?;
+        }
+        let channel = pending
+            .complete(http.upgrade(upgrade).await?)
+            .await
+            .map_err(retry)?;
+
+        let (sender, driver) = http2::Builder::new(TokioExecutor::new())
+            .timer(TokioTimer::new())
+            .keep_alive_interval(H2_PING)
+            .keep_alive_timeout(H2_PONG)
+            .handshake(TokioIo::new(channel))
+            .await?;
+        let driver = tokio::spawn(async move {
+            if let Err(error) = driver.await {
+                debug!(error = %dial::Error::from(error), "the connection to the control server broke");
+            }
+        });
+        Ok(Self {
+            sender,
+            origin: format!("https://{}", authority(server)),
+            base,
+            _driver: Arc::new(AbortOnDropHandle::new(driver)),
+        })
+    }
+
+    fn is_open(&self) -> bool {
+        !self.sender.is_closed()
+    }
+
+    async fn post(&self, path: &str, body: &impl Serialize) -> Result<Response<Incoming>, Failure> {
+        let body = serde_json::to_vec(body).map_err(retry)?;
+        let request = Request::post(format!("{}{}{path}", self.origin, self.base))
+            .header(header::CONTENT_TYPE, "application/json")
+            .body(Full::from(body))
+            .map_err(retry)?;
+        self.send(request).await
+    }
+
+    async fn send(&self, request: Request<Full<Bytes>>) -> Result<Response<Incoming>, Failure> {
+        let mut sender = self.sender.clone();
+        sender.ready().await?;
+        Ok(sender.send_request(request).await?)
+    }
+
+    async fn register(&self, request: &RegisterRequest) -> Result<RegisterResponse, Failure> {
+        const PATH: &str = "/machine/register";
+        let response = self.post(PATH, request).await?;
+        match response.status() {
+            StatusCode::OK => {
+                let answer = dial::body(response, MAX_ANSWER).await?;
+                serde_json::from_slice(&answer).map_err(|error| {
+                    retry(format!(
+                        "the answer to the registration cannot be read: {error}"
+                    ))
+                })
+            }
+            // The server understood and does not want us; other errors may be a proxy's.
+            StatusCode::BAD_REQUEST | StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => {
+                let refusal = dial::refusal(PATH.into(), response).await;
+                Err(Failure::Refused(refusal.to_string()))
+            }
+            _ => Err(unwelcome(PATH, response).await),
+        }
+    }
+
+    async fn update(&self, request: &MapRequest) -> Result<(), Failure> {
+        const PATH: &str = "/machine/map";
+        let response = self.post(PATH, request).await?;
+        match response.status() {
+            StatusCode::OK => Ok(()),
+            _ => Err(unwelcome(PATH, response).await),
+        }
+    }
+
+    async fn ping(self, url: Url, method: Method, body: &'static str) -> Result<(), Failure> {
+        let request = Request::builder()
+            .method(method)
+            .uri(url.as_str())
+            .body(Full::from(body))
+            .map_err(retry)?;
+        self.send(request).await.map(drop)
+    }
+}
+
+/// What a node without handlers answers to a request that the server sends to it (c2n).
+const NOT_SUPPORTED: &str = "HTTP/1.1 501 Not Implemented\r\n\
+     Content-Type: text/plain; charset=utf-8\r\n\
+     Content-Length: 27\r\n\
+     \r\n\
+     tailnode has no c2n service";
+
+async fn head(url: Url, tls: Arc<rustls::ClientConfig>) -> Result<(), Failure> {
+    let target = url.path().to_owned() + &url.query().map(|q| format!("?{q}")).unwrap_or_default();
+    let request = get(&url, Method::HEAD, &target)?;
+    connect(&url, tls)
+        .await?
+        .send(request, StatusCode::OK)
+        .await?;
+    Ok(())
+}
+
+/// Connects to the host of a URL.
+async fn connect(url: &Url, tls: Arc<rustls::ClientConfig>) -> Result<Http, Failure> {
+    let secure = match url.scheme() {
+        "https" => true,
+        "http" => false,
+        _ => {
+            return Err(Failure::Refused(format!(
+                "{url} is neither an https nor an http URL"
+            )));
+        }
+    };
+    let (Some(host), Some(port)) = (url.host_str(), url.port_or_known_default()) else {
+        return Err(Failure::Refused(format!("{url} names no host")));
+    };
+    // URLs alone put IPv6 addresses in brackets.
+    let host = host.trim_start_matches('[').trim_end_matches(']');
+    let tcp = dial::tcp(host, port).await?;
+    let stream = if secure {
+        Either::Right(dial::tls(tcp, host, tls).await?)
+    } else {
+        Either::Left(tcp)
+    };
+    Ok(Http::open(stream).await?)
+}
+
+/// A request without a body to the host of a URL.
+fn get(url: &Url, method: Method, target: &str) -> Result<Request<Empty<Bytes>>, Failure> {
+    Request::builder()
+        .method(method)
+        .uri(target)
+        .header(header::HOST, authority(url))
+        .body(Empty::new())
+        .map_err(retry)
+}
+
+/// Host, and port where it is not the scheme's own.
+fn authority(url: &Url) -> String {
+    let host = url.host_str().unwrap_or_default();
+    url.port()
+        .map_or_else(|| host.to_owned(), |port| format!("{host}:{port}"))
+}
+
+/// The failure that an unwelcome answer makes, minding when the server wants to be asked again.
+async fn unwelcome(path: &str, response: Response<Incoming>) -> Failure {
+    let limited = response.status() == StatusCode::TOO_MANY_REQUESTS;
+    let asked = response.headers().get(header::RETRY_AFTER);
+    let seconds = asked
+        .and_then(|value| value.to_str().ok())
+        .and_then(|text| text.parse().ok());
+    let after = match seconds.map(Duration::from_secs) {
+        Some(after) if after > Duration::ZERO => Some(after.min(MAX_SLEEP)),
+        // As tailscaled does: 5 to 10 s where the server names no time.
+        _ => limited.then(|| Duration::from_secs(5).mul_f64(1.0 + rand::random::<f64>())),
+    };
+    let error = dial::refusal(path.into(), response).await.to_string();
+    Failure::Retry { error, after }
+}
+
+/// Waits for a moment of the calendar; for ever where there is none.
+async fn moment(at: Option<DateTime<Utc>>) {
+    /// Timers do not run while a machine sleeps: look at the calendar now and then.
+    const LOOK: Duration = Duration::from_secs(60);
+    let Some(at) = at else {
+        return std::future::pending().await;
+    };
+    while let Ok(left) = (at - Utc::now()).to_std() {
+        sleep(left.min(LOOK)).await;
+    }
+}
+
+fn hostinfo(config: &Config) -> Hostinfo {
+    // Of interest to people who look at the list of machines; nothing depends on it.
+    let os_version = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+    Hostinfo {
+        ipn_version: concat!(env!("CARGO_PKG_VERSION"), "-tailnode").into(),
+        os: "linux".into(),
+        os_version: os_version.trim().into(),
+        container: Some(true),
+        hostname: config.hostname.clone(),
+        machine: std::env::consts::ARCH.into(),
+        go_arch: match std::env::consts::ARCH {
+            "x86_64" => "amd64",
+            "x86" => "386",
+            "aarch64" => "arm64",
+            "loongarch64" => "loong64",
+            "powerpc64" if cfg!(target_endian = "little") => "ppc64le",
+            "powerpc64" => "ppc64",
+            same => same,
+        }
+        .into(),
+        app: "tailnode".into(),
+        request_tags: config.tags.clone(),
+        no_logs_no_support: true,
+        ..Hostinfo::default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tailnode_control_server::{Config as ServerConfig, KeySpec, Server};
+    use tempfile::TempDir;
+
+    use super::*;
+    use crate::netmap::Netmap;
+
+    /// Waiting for longer is a failure of the test, not of the session.
+    const PATIENCE: Duration = Duration::from_secs(30);
+
+    async fn server(state: &TempDir) -> Server {
+        Server::start(ServerConfig::new(state.path()))
+            .await
+            .unwrap()
+    }
+
+    fn key(server: &Server, ephemeral: bool) -> Option<Secret> {
+        let spec = KeySpec {
+            reusable: true,
+            ephemeral,
+            ..KeySpec::default()
+        };
+        Some(Secret::new(server.create_key(spec).unwrap()))
+    }
+
+    /// A session and what it told.
+    struct Client {
+        handle: Handle,
+        events: mpsc::Receiver<Event>,
+        keys: Keys,
+        netmap: Netmap,
+        login: Login,
+        streams: usize,
+    }
+
+    impl Client {
+        fn new(url: &Url, hostname: &str, auth_key: Option<Secret>) -> Self {
+            let keys = Keys::random();
+            let config = Config {
+                login_server: url.clone(),
+                auth_key,
+                hostname: hostname.into(),
+                tags: Vec::new(),
+                ephemeral: false,
+                tls: dial::tls_config(),
+            };
+            let (events_tx, events) = mpsc::channel(16);
+            Self {
+                handle: spawn(config, keys.clone(), events_tx),
+                events,
+                keys,
+                netmap: Netmap::default(),
+                login: Login::Starting,
+                streams: 0,
+            }
+        }
+
+        /// Takes events until all is as it should be.
+        async fn until(&mut self, right: impl Fn(&Self) -> bool) {
+            let wait = async {
+                while !right(self) {
+                    match self.events.recv().await.expect("the session ended") {
+                        Event::Login(login) => self.login = login,
+                        Event::Map {
+                            response,
+                            first: true,
+                        } => {
+                            self.netmap.restart(*response, Utc::now());
+                            self.streams += 1;
+                        }
+                        Event::Map {
+                            response,
+                            first: false,
+                        } => {
+                            self.netmap.apply(*response, Utc::now());
+                        }
+                        Event::KeysRotated(keys) => self.keys = keys,
+                    }
+                }
+            };
+            if timeout(PATIENCE, wait).await.is_err() {
+                panic!("still {:?} with {:?}", self.login, self.netmap);
+            }
+        }
+
+        async fn running(&mut self) {
+            self.until(|client| client.login == Login::Running).await;
+        }
+
+        fn peer(&self, name: &str) -> Option<&tailnode_wire::tailcfg::Node> {
+            self.netmap
+                .peers
+                .values()
+                .find(|peer| peer.name.starts_with(name))
+        }
+    }
+
+    #[tokio::test]
+    async fn two_nodes_join_and_hear_of_each_other() {
+        let state = TempDir::new().unwrap();
+        let server = server(&state).await;
+        let mut a = Client::new(server.url(), "a", key(&server, false));
+        a.running().await;
+        assert_eq!(a.netmap.myself.key, a.keys.node.public);
+        assert!(a.netmap.myself.name.starts_with("a."));
+        assert_eq!(a.netmap.derp_map.regions.len(), 1);
+
+        let mut b = Client::new(server.url(), "b", key(&server, true));
+        b.until(|b| b.peer("a").is_some()).await;
+        let b_key = b.keys.node.public;
+        a.until(|a| {
+            a.peer("b")
+                .is_some_and(|b| b.key == b_key && b.online == Some(true))
+        })
+        .await;
+        assert_eq!(a.peer("b").unwrap().disco_key, Some(b.keys.disco.public));
+
+        let endpoint: SocketAddr = "192.0.2.7:41641".parse().unwrap();
+        let net_info = NetInfo {
+            preferred_derp: 900,
+            ..NetInfo::default()
+        };
+        b.handle.advertise(Advertised {
+            endpoints: vec![(endpoint, EndpointType::Local)],
+            net_info,
+        });
+        a.until(|a| {
+            a.peer("b")
+                .is_some_and(|b| b.endpoints == [endpoint] && b.home_derp == 900)
+        })
+        .await;
+
+        b.handle.logout(PATIENCE).await;
+        a.until(|a| a.peer("b").is_none()).await;
+        assert_eq!(server.nodes().len(), 1);
+        assert_eq!(a.streams, 1);
+    }
+
+    #[tokio::test]
+    async fn without_a_key_a_person_lets_it_in() {
+        let state = TempDir::new().unwrap();
+        let server = server(&state).await;
+        let mut client = Client::new(server.url(), "a", None);
+        client
+            .until(|c| matches!(c.login, Login::NeedsLogin { .. }))
+            .await;
+        let Login::NeedsLogin { url } = &client.login else {
+            unreachable!()
+        };
+        server.approve(url.rsplit('/').next().unwrap()).unwrap();
+        client.running().await;
+    }
+
+    #[tokio::test]
+    async fn a_wrong_key_is_refused_in_the_servers_words() {
+        let state = TempDir::new().unwrap();
+        let server = server(&state).await;
+        let mut client = Client::new(server.url(), "a", Some(Secret::new("tskey-wrong")));
+        client
+            .until(|c| matches!(c.login, Login::Refused { .. }))
+            .await;
+        let Login::Refused { error } = &client.login else {
+            unreachable!()
+        };
+        assert!(error.contains("auth key"), "{error}");
+        assert!(!error.contains("tskey-wrong"), "{error}");
+    }
+
+    #[tokio::test]
+    async fn it_waits_for_a_server_that_is_away() {
+        let state = TempDir::new().unwrap();
+        let first = server(&state).await;
+        let (url, key) = (first.url().clone(), key(&first, false));
+        let mut client = Client::new(&url, "a", key);
+        client.running().await;
+        first.shutdown().await;
+        client
+            .until(|c| matches!(c.login, Login::Offline { .. }))
+            .await;
+        let Login::Offline { error } = &client.login else {
+            unreachable!()
+        };
+        assert!(
+            error.contains(url.as_str()) && error.contains("refused"),
+            "{error}"
+        );
+
+        let listen = url.socket_addrs(|| None).unwrap()[0];
+        let again = ServerConfig {
+            listen,
+            ..ServerConfig::new(state.path())
+        };
+        let _again = Server::start(again).await.unwrap();
+        client.running().await;
+        assert_eq!(client.streams, 2);
+    }
+
+    #[tokio::test]
+    async fn an_expired_key_is_replaced() {
+        let state = TempDir::new().unwrap();
+        let server = server(&state).await;
+        let mut client = Client::new(server.url(), "a", key(&server, false));
+        client.running().await;
+        let old = client.keys.clone();
+        let address = client.netmap.myself.addresses.clone();
+        server.expire_node(client.netmap.myself.id).unwrap();
+        client
+            .until(|c| c.keys != old && c.netmap.myself.key == c.keys.node.public)
+            .await;
+        client.running().await;
+        assert_eq!(client.keys.machine, old.machine);
+        assert_eq!(client.netmap.myself.addresses, address);
+    }
+
+    #[tokio::test]
+    async fn a_forgotten_node_joins_again() {
+        let state = TempDir::new().unwrap();
+        let server = server(&state).await;
+        let mut client = Client::new(server.url(), "a", key(&server, false));
+        client.running().await;
+        let id = client.netmap.myself.id;
+        server.delete_node(id).unwrap();
+        client.until(|c| c.netmap.myself.id != id).await;
+        client.running().await;
+    }
+
+    #[tokio::test]
+    async fn a_server_that_is_none_is_named() {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        drop(listener);
+        let url: Url = format!("http://{address}").parse().unwrap();
+        let mut client = Client::new(&url, "a", None);
+        client
+            .until(|c| matches!(c.login, Login::Offline { .. }))
+            .await;
+        // A handle that cannot log out says so and lets go.
+        client.handle.logout(Duration::from_secs(1)).await;
+    }
+
+    #[test]
+    fn secrets_do_not_print() {
+        let secret = Secret::new("tskey-auth-1\n");
+        assert_eq!(format!("{secret:?}"), "[redacted]");
+        assert_eq!(secret.expose(), "tskey-auth-1");
+    }
+
+    #[test]
+    fn the_c2n_answer_is_whole() {
+        let (head, body) = NOT_SUPPORTED.split_once("\r\n\r\n").unwrap();
+        assert!(head.ends_with(&format!("Content-Length: {}", body.len())));
+    }
+
+    #[test]
+    fn authorities_keep_odd_ports() {
+        for (url, wanted) in [
+            ("https://a.example", "a.example"),
+            ("http://a.example:80/x", "a.example"),
+            ("http://a.example:8080", "a.example:8080"),
+            ("https://[fd00::1]:8443/", "[fd00::1]:8443"),
+        ] {
+            assert_eq!(authority(&url.parse().unwrap()), wanted);
+        }
+    }
+}

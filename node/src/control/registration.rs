@@ -1,0 +1,279 @@
+//! How a node joins: what to ask the control server, and what its answers mean
+//! (controlclient/direct.go, doLogin).
+
+use tailnode_wire::{
+    CAPABILITY_VERSION,
+    keys::NodeKeyPair,
+    tailcfg::{Hostinfo, RegisterRequest, RegisterResponse, RegisterResponseAuth},
+};
+
+use super::Secret;
+
+/// One attempt to join, from the first request to the last answer.
+#[derive(Debug)]
+pub struct Registration {
+    /// The key to join with.
+    node: NodeKeyPair,
+    /// The key that it replaces.
+    old: Option<NodeKeyPair>,
+    /// Whether to present the auth key.
+    present_key: bool,
+    /// Why the auth key was refused.
+    key_refused: Option<String>,
+    /// The page that was shown.
+    visit: Option<String>,
+}
+
+/// What an answer asks for.
+#[derive(Debug, PartialEq)]
+pub enum Step {
+    /// Ask again, now.
+    Again,
+    /// The page that a person should have visited is no more: ask again, but not in haste.
+    Lapsed,
+    /// A person must visit the page. Ask again now: the answer comes when they have.
+    Visit(String),
+    /// Joined, with this key.
+    Joined {
+        /// The node key.
+        node: NodeKeyPair,
+        /// It is a new one.
+        rotated: bool,
+    },
+    /// Refused for good, in the server's words.
+    Refused(String),
+    /// The server calls even a new key expired.
+    Expired,
+}
+
+impl Registration {
+    /// Begins. With `rotate`, the key is known to have expired and is replaced at once.
+    pub fn new(node: NodeKeyPair, has_auth_key: bool, rotate: bool) -> Self {
+        let mut new = Self {
+            node,
+            old: None,
+            present_key: has_auth_key,
+            key_refused: None,
+            visit: None,
+        };
+        if rotate {
+            new.rotate();
+        }
+        new
+    }
+
+    /// The page that a person is to visit; the server answers the next request when they have.
+    pub fn visit(&self) -> Option<&str> {
+        self.visit.as_deref()
+    }
+
+    /// The next request.
+    pub fn request(
+        &self,
+        auth_key: Option<&Secret>,
+        hostinfo: Hostinfo,
+        ephemeral: bool,
+    ) -> RegisterRequest {
+        let auth = auth_key
+            .filter(|_| self.present_key)
+            .map(|key| RegisterResponseAuth {
+                auth_key: key.expose().to_owned(),
+            });
+        RegisterRequest {
+            version: CAPABILITY_VERSION,
+            node_key: self.node.public,
+            old_node_key: self.old.as_ref().map(|old| old.public),
+            auth,
+            expiry: None,
+            followup: self.visit.clone().unwrap_or_default(),
+            hostinfo: Some(hostinfo),
+            ephemeral,
+        }
+    }
+
+    /// What the server's answer means.
+    pub fn answer(&mut self, answer: RegisterResponse) -> Step {
+        if !answer.error.is_empty() {
+            if self.visit.take().is_some() {
+                return Step::Lapsed;
+            }
+            if self.present_key {
+                // A one-off key is spent and any key ends, while the node that joined by it may
+                // well be a member still.
+                self.present_key = false;
+                self.key_refused = Some(answer.error);
+                return Step::Again;
+            }
+            return Step::Refused(self.key_refused.take().unwrap_or(answer.error));
+        }
+        if answer.node_key_expired {
+            if self.old.is_some() {
+                return Step::Expired;
+            }
+            self.visit = None;
+            self.rotate();
+            return Step::Again;
+        }
+        if !answer.auth_url.is_empty() {
+            // Whoever gave a key expects no page: that the key is wrong is what they must know.
+            if let Some(error) = self.key_refused.take() {
+                return Step::Refused(error);
+            }
+            self.visit = Some(answer.auth_url.clone());
+            return Step::Visit(answer.auth_url);
+        }
+        Step::Joined {
+            node: self.node.clone(),
+            rotated: self.old.is_some(),
+        }
+    }
+
+    fn rotate(&mut self) {
+        self.old = Some(std::mem::replace(&mut self.node, NodeKeyPair::random()));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn key() -> Secret {
+        Secret::new("tskey-test")
+    }
+
+    fn error(text: &str) -> RegisterResponse {
+        RegisterResponse {
+            error: text.into(),
+            ..Default::default()
+        }
+    }
+
+    fn page(url: &str) -> RegisterResponse {
+        RegisterResponse {
+            auth_url: url.into(),
+            ..Default::default()
+        }
+    }
+
+    fn expired() -> RegisterResponse {
+        RegisterResponse {
+            node_key_expired: true,
+            ..Default::default()
+        }
+    }
+
+    fn joined() -> RegisterResponse {
+        RegisterResponse {
+            machine_authorized: true,
+            ..Default::default()
+        }
+    }
+
+    fn request(registration: &Registration) -> RegisterRequest {
+        registration.request(Some(&key()), Hostinfo::default(), false)
+    }
+
+    #[test]
+    fn a_key_opens_the_door() {
+        let node = NodeKeyPair::random();
+        let mut registration = Registration::new(node.clone(), true, false);
+        assert_eq!(request(&registration).auth.unwrap().auth_key, "tskey-test");
+        assert_eq!(
+            registration.answer(joined()),
+            Step::Joined {
+                node,
+                rotated: false
+            }
+        );
+    }
+
+    #[test]
+    fn a_member_with_a_spent_key_stays_a_member() {
+        let mut registration = Registration::new(NodeKeyPair::random(), true, false);
+        assert_eq!(registration.answer(error("key was used")), Step::Again);
+        assert_eq!(request(&registration).auth, None);
+        assert!(matches!(
+            registration.answer(joined()),
+            Step::Joined { rotated: false, .. }
+        ));
+    }
+
+    #[test]
+    fn a_stranger_with_a_spent_key_is_told_of_the_key() {
+        for second in [page("https://login"), error("unknown node")] {
+            let mut registration = Registration::new(NodeKeyPair::random(), true, false);
+            registration.answer(error("key was used"));
+            assert_eq!(
+                registration.answer(second),
+                Step::Refused("key was used".into())
+            );
+        }
+    }
+
+    #[test]
+    fn a_person_logs_in() {
+        let mut registration = Registration::new(NodeKeyPair::random(), false, false);
+        assert_eq!(registration.visit(), None);
+        assert_eq!(
+            registration.answer(page("https://a")),
+            Step::Visit("https://a".into())
+        );
+        assert_eq!(registration.visit(), Some("https://a"));
+        assert_eq!(request(&registration).followup, "https://a");
+        assert_eq!(registration.answer(error("too late")), Step::Lapsed);
+        assert_eq!(request(&registration).followup, "");
+        assert_eq!(
+            registration.answer(page("https://b")),
+            Step::Visit("https://b".into())
+        );
+        assert!(matches!(registration.answer(joined()), Step::Joined { .. }));
+    }
+
+    #[test]
+    fn an_expired_key_is_replaced_once() {
+        let old = NodeKeyPair::random();
+        let mut registration = Registration::new(old.clone(), true, false);
+        assert_eq!(registration.answer(expired()), Step::Again);
+        let next = request(&registration);
+        assert_eq!(next.old_node_key, Some(old.public));
+        assert_ne!(next.node_key, old.public);
+        let Step::Joined {
+            node,
+            rotated: true,
+        } = registration.answer(joined())
+        else {
+            panic!()
+        };
+        assert_eq!(node.public, next.node_key);
+        assert_eq!(registration.answer(expired()), Step::Expired);
+        let known = Registration::new(old.clone(), true, true);
+        assert_eq!(request(&known).old_node_key, Some(old.public));
+    }
+
+    proptest! {
+        /// Whatever the server says, haste ends: only waiting for a person goes on for ever.
+        #[test]
+        fn no_server_keeps_us_asking_in_haste(answers in proptest::collection::vec(0..4u8, 20), has_key: bool, rotate: bool) {
+            let mut registration = Registration::new(NodeKeyPair::random(), has_key, rotate);
+            let mut hasty = 0;
+            for answer in answers {
+                let before = request(&registration);
+                prop_assert_eq!(before.followup.is_empty(), registration.visit().is_none());
+                let step = registration.answer(match answer {
+                    0 => error("no"),
+                    1 => expired(),
+                    2 => page("https://a"),
+                    _ => joined(),
+                });
+                match step {
+                    Step::Again => hasty += 1,
+                    Step::Lapsed | Step::Visit(_) => {}
+                    Step::Joined { .. } | Step::Refused(_) | Step::Expired => break,
+                }
+            }
+            prop_assert!(hasty <= 2);
+        }
+    }
+}

@@ -1,0 +1,26 @@
+//! One node of a tailnet, as a library that knows no container engine.
+//!
+//! Give [`Node::start`] a TUN device and a place for its keys; it joins the tailnet, finds paths
+//! to its peers and moves packets until it is stopped or the device's network namespace dies.
+
+mod control;
+mod derp;
+mod device;
+mod dial;
+mod dns;
+mod filter;
+mod netcheck;
+mod netmap;
+mod node;
+mod packet;
+mod path;
+mod router;
+mod segment;
+mod state;
+mod status;
+mod udp;
+
+pub use dns::Zone;
+pub use node::{Config, Error, Identity, Node, Secret};
+pub use segment::Segment;
+pub use status::{Login, PeerPath, PeerStatus, Status};

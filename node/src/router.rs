@@ -1,0 +1,1471 @@
+//! Where every packet of a node goes: the sans-IO heart of the packet path.
+//!
+//! Packets from the container, datagrams from UDP and from the relays, and the clock come in;
+//! what to send where is collected in an [`Out`]. One router is owned by one task: no lock, no
+//! channel and no allocation stand between a packet and its datagram.
+
+use std::{
+    collections::HashMap,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    ops::Range,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use boringtun::{
+    noise::{
+        Packet as WireGuardPacket, Tunn, TunnResult, handshake::parse_handshake_anon,
+        rate_limiter::RateLimiter,
+    },
+    x25519,
+};
+use ipnet::IpNet;
+use slab::Slab;
+use tailnode_wire::{
+    disco,
+    keys::{DiscoPrivateKey, DiscoPublicKey, ExportableKey, NodePublicKey},
+    tailcfg::{self, NodeId, RegionId},
+};
+use tracing::{debug, trace};
+use ts_bart::RoutingTable;
+
+use crate::{
+    filter::{Filter, Verdict},
+    netmap::{Changes, Netmap},
+    packet::{self, Packet, Transport, protocol},
+    path::{Action, Path, Route},
+    state::Keys,
+    status::{PeerPath, PeerStatus},
+};
+
+/// MagicDNS, as every tailnet has it (net/tsaddr/tsaddr.go).
+pub const SERVICE_V4: Ipv4Addr = Ipv4Addr::new(100, 100, 100, 100);
+/// MagicDNS by IPv6 (net/tsaddr/tsaddr.go).
+pub const SERVICE_V6: Ipv6Addr = Ipv6Addr::new(0xfd7a, 0x115c, 0xa1e0, 0, 0, 0, 0, 0x53);
+
+/// A WireGuard datagram is this much longer than its packet, and a handshake this long.
+const WIREGUARD_OVERHEAD: usize = 32;
+const WIREGUARD_MIN: usize = 148;
+/// Handshakes a second before cookies are asked for; each costs two looks at the limiter.
+const HANDSHAKE_RATE: u64 = 200;
+/// The first of a handshake's early repetitions; each waits twice as long as the one before.
+/// Peers that have just started do not know each other yet, and WireGuard's own repetition comes
+/// after 5 s, which is long for a container's first connection.
+const RETRY_FIRST: Duration = Duration::from_millis(100);
+/// From here on WireGuard's own repetition is soon enough.
+const RETRY_LAST: Duration = Duration::from_secs(2);
+/// WireGuard's timers are in whole seconds; this is often enough to keep them.
+const TICK_BUSY: Duration = Duration::from_millis(250);
+const TICK_IDLE: Duration = Duration::from_secs(1);
+/// The port at this address is a DERP region, where an address is wanted (tailcfg.DerpMagicIP).
+const DERP_MAGIC_IP: Ipv4Addr = Ipv4Addr::new(127, 3, 3, 40);
+
+/// Where a piece of [`Out`] goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum To {
+    /// By UDP.
+    Address(SocketAddr),
+    /// Through a relay.
+    Relay(RegionId, NodePublicKey),
+    /// Into the container.
+    Tun,
+}
+
+/// What the router wants sent: one buffer, and which part of it goes where, in order.
+#[derive(Debug, Default)]
+pub struct Out {
+    bytes: Vec<u8>,
+    sends: Vec<(To, Range<usize>)>,
+}
+
+impl Out {
+    /// The pieces in the order in which they were put. Datagrams of one size to one address that
+    /// lie one behind the other come as one train of at most `room(size)` bytes; the size of each
+    /// is given too, and the last may be shorter.
+    pub fn trains(
+        &self,
+        room: impl Fn(usize) -> usize,
+    ) -> impl Iterator<Item = (To, &[u8], usize)> {
+        let mut rest = self.sends.as_slice();
+        std::iter::from_fn(move || {
+            let ((to, first), mut behind) = rest.split_first()?;
+            let (mut end, mut last) = (first.end, first.len());
+            let room = if let To::Address(_) = to {
+                room(first.len())
+            } else {
+                0
+            };
+            while let Some(((next_to, next), others)) = behind.split_first()
+                && next_to == to
+                && next.start == end
+                && last == first.len()
+                && next.len() <= first.len()
+                && next.end - first.start <= room
+            {
+                (end, last) = (next.end, next.len());
+                behind = others;
+            }
+            rest = behind;
+            Some((*to, &self.bytes[first.start..end], first.len()))
+        })
+    }
+
+    /// Empties it and keeps its memory.
+    pub fn clear(&mut self) {
+        self.bytes.clear();
+        self.sends.clear();
+    }
+
+    /// How many bytes wait; for bounding a batch.
+    pub fn len(&self) -> usize {
+        self.bytes.len()
+    }
+
+    /// Puts a ready datagram or packet.
+    pub fn put(&mut self, to: To, bytes: &[u8]) {
+        let start = self.bytes.len();
+        self.bytes.extend_from_slice(bytes);
+        self.sends.push((to, start..self.bytes.len()));
+    }
+
+    /// Lets `write` fill a buffer of `room` bytes at the end and say how many it used.
+    fn write(
+        &mut self,
+        room: usize,
+        write: impl FnOnce(&mut [u8]) -> Wrote,
+    ) -> (Wrote, Range<usize>) {
+        let start = self.bytes.len();
+        self.bytes.resize(start + room, 0);
+        let wrote = write(&mut self.bytes[start..]);
+        let len = match wrote {
+            Wrote::Network(len) | Wrote::Packet(len) => len,
+            Wrote::Nothing | Wrote::Expired => 0,
+        };
+        self.bytes.truncate(start + len);
+        (wrote, start..start + len)
+    }
+}
+
+/// What WireGuard put into the buffer it was given, always at its start.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Wrote {
+    Nothing,
+    Network(usize),
+    Packet(usize),
+    Expired,
+}
+
+impl From<TunnResult<'_>> for Wrote {
+    fn from(result: TunnResult<'_>) -> Self {
+        match result {
+            TunnResult::Done => Self::Nothing,
+            TunnResult::WriteToNetwork(bytes) => Self::Network(bytes.len()),
+            TunnResult::WriteToTunnelV4(bytes, _) | TunnResult::WriteToTunnelV6(bytes, _) => {
+                Self::Packet(bytes.len())
+            }
+            TunnResult::Err(boringtun::noise::errors::WireGuardError::ConnectionExpired) => {
+                Self::Expired
+            }
+            TunnResult::Err(error) => {
+                trace!(?error, "WireGuard refused a datagram");
+                Self::Nothing
+            }
+        }
+    }
+}
+
+/// What became of a packet from the container.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Taken {
+    /// It is on its way, or waits for a handshake.
+    Sent,
+    /// It leads nowhere, or policy forbids it.
+    Dropped,
+    /// The resolver should answer it.
+    ForResolver,
+}
+
+/// Where a datagram came from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Origin {
+    Address(SocketAddr),
+    Relay(RegionId),
+}
+
+/// A copy of an IPv4 packet with other addresses, for policy to judge: its checksums are wrong.
+fn readdressed(packet: &[u8], src: IpAddr, dst: IpAddr) -> Vec<u8> {
+    let mut copy = packet.to_vec();
+    if let (IpAddr::V4(src), IpAddr::V4(dst), Some(addresses)) = (src, dst, copy.get_mut(12..20)) {
+        addresses[..4].copy_from_slice(&src.octets());
+        addresses[4..].copy_from_slice(&dst.octets());
+    }
+    copy
+}
+
+fn is_query(packet: &Packet<'_>) -> bool {
+    matches!(
+        packet.transport(),
+        Transport::Udp { dst: 53, .. } | Transport::Tcp { dst: 53, .. }
+    )
+}
+
+/// One node's peers and how to reach them.
+pub struct Router {
+    private: x25519::StaticSecret,
+    public: x25519::PublicKey,
+    node_key: NodePublicKey,
+    disco: DiscoPrivateKey,
+    limiter: Arc<RateLimiter>,
+    limiter_reset: Option<Instant>,
+    peers: Slab<Peer>,
+    by_id: HashMap<NodeId, usize>,
+    by_key: HashMap<NodePublicKey, usize>,
+    by_disco: HashMap<DiscoPublicKey, usize>,
+    routes: ts_bart::Table<usize>,
+    filter: Filter,
+    endpoints: Vec<SocketAddr>,
+    actions: Vec<Action>,
+}
+
+struct Peer {
+    id: NodeId,
+    key: NodePublicKey,
+    name: String,
+    addresses: Vec<IpAddr>,
+    online: Option<bool>,
+    /// It may answer us but not begin anything.
+    jailed: bool,
+    disco: Option<DiscoPublicKey>,
+    /// Made when the first disco message to or from the peer needs it.
+    sealed: Option<disco::Pair>,
+    routes: Vec<IpNet>,
+    /// WireGuard's state; only for peers in use.
+    tunnel: Option<Tunn>,
+    /// While a first handshake goes unanswered: when to repeat it, and how long to wait after.
+    retry: Option<(Instant, Duration)>,
+    path: Path,
+    /// Where the peer's map entry says it is found; 0: unknown.
+    home: RegionId,
+    /// Where the peer's last relayed datagram came from; 0: none yet.
+    seen_at: RegionId,
+    rx_bytes: u64,
+    tx_bytes: u64,
+}
+
+impl Peer {
+    fn relay(&self) -> Option<To> {
+        let region = if self.home != 0 {
+            self.home
+        } else {
+            self.seen_at
+        };
+        (region != 0).then_some(To::Relay(region, self.key))
+    }
+
+    fn is_in_session(&self) -> bool {
+        let tunnel = self.tunnel.as_ref();
+        tunnel.is_some_and(|tunnel| tunnel.time_since_last_handshake().is_some())
+    }
+}
+
+impl Router {
+    /// A router without peers that lets nothing in.
+    pub fn new(keys: &Keys) -> Self {
+        let private = x25519::StaticSecret::from(*keys.node.private.export().as_bytes());
+        let public = x25519::PublicKey::from(&private);
+        Self {
+            limiter: Arc::new(RateLimiter::new(&public, HANDSHAKE_RATE)),
+            limiter_reset: None,
+            private,
+            public,
+            node_key: keys.node.public,
+            disco: keys.disco.private.clone(),
+            peers: Slab::new(),
+            by_id: HashMap::new(),
+            by_key: HashMap::new(),
+            by_disco: HashMap::new(),
+            routes: ts_bart::Table::default(),
+            filter: Filter::default(),
+            endpoints: Vec::new(),
+            actions: Vec::new(),
+        }
+    }
+
+    /// Takes over what `changes` names from the map.
+    pub fn update(&mut self, netmap: &Netmap, changes: &Changes, now: Instant) {
+        if changes.all_peers {
+            let gone: Vec<NodeId> = self
+                .by_id
+                .keys()
+                .filter(|id| !netmap.peers.contains_key(id))
+                .copied()
+                .collect();
+            for id in gone {
+                self.remove(id);
+            }
+            for node in netmap.peers.values() {
+                self.upsert(node, now);
+            }
+        } else {
+            for id in &changes.peers {
+                match netmap.peers.get(id) {
+                    Some(node) => self.upsert(node, now),
+                    None => self.remove(*id),
+                }
+            }
+        }
+        if changes.myself {
+            self.filter.set_local(netmap.myself.allowed_ips());
+        }
+        // Rules may name peers by capability; those change with the peers.
+        let by_capability = || {
+            let mut sources = netmap.filter_rules().flat_map(|rule| &rule.src_ips);
+            sources.any(|source| source.starts_with("cap:"))
+        };
+        let peers_changed = changes.all_peers || !changes.peers.is_empty();
+        if changes.filter || peers_changed && by_capability() {
+            self.filter.set_rules(netmap.filter_rules(), |capability| {
+                let holders = netmap
+                    .peers
+                    .values()
+                    .filter(|node| node.cap_map.contains_key(capability));
+                holders
+                    .flat_map(|node| node.addresses.iter().map(IpNet::addr))
+                    .collect()
+            });
+        }
+    }
+
+    /// Takes a new node key; every session begins anew.
+    pub fn set_keys(&mut self, keys: &Keys) {
+        self.private = x25519::StaticSecret::from(*keys.node.private.export().as_bytes());
+        self.public = x25519::PublicKey::from(&self.private);
+        self.node_key = keys.node.public;
+        self.limiter = Arc::new(RateLimiter::new(&self.public, HANDSHAKE_RATE));
+        for (_, peer) in &mut self.peers {
+            peer.tunnel = None;
+            peer.retry = None;
+        }
+    }
+
+    /// Our own addresses, as peers are told when they are called.
+    pub fn set_endpoints(&mut self, endpoints: Vec<SocketAddr>) {
+        self.endpoints = endpoints;
+    }
+
+    /// Our own network changed: what was measured is void.
+    pub fn reset_paths(&mut self) {
+        for (_, peer) in &mut self.peers {
+            peer.path.reset();
+        }
+    }
+
+    /// A packet that the container sent.
+    pub fn on_tun(&mut self, bytes: &[u8], now: Instant, out: &mut Out) -> Taken {
+        let Ok(packet) = Packet::parse(bytes) else {
+            return Taken::Dropped;
+        };
+        let slot = self.routes.lookup(packet.dst()).copied();
+        // Port 53 of a server that is no peer is a query that the engine's own resolver sent on.
+        if packet.dst() == SERVICE_V4
+            || packet.dst() == SERVICE_V6
+            || (slot.is_none() && is_query(&packet))
+        {
+            return Taken::ForResolver;
+        }
+        let Some(slot) = slot else {
+            return Taken::Dropped;
+        };
+        // Nodes talk among themselves by it, and peers believe it.
+        if packet.protocol() == protocol::TSMP {
+            return Taken::Dropped;
+        }
+        if let Verdict::Drop(reason) = self.filter.outbound(&packet, now) {
+            trace!(?reason, dst = %packet.dst(), "dropped an outgoing packet");
+            return Taken::Dropped;
+        }
+        self.peers[slot].tx_bytes += bytes.len() as u64;
+        self.seal(slot, bytes, now, out);
+        Taken::Sent
+    }
+
+    /// Whether policy lets a packet of the container's reach another node without the tunnel;
+    /// `src` and `dst` are the tailnet addresses that its own stand for.
+    pub fn may_leave(&mut self, packet: &[u8], src: IpAddr, dst: IpAddr, now: Instant) -> bool {
+        let stand_in = readdressed(packet, src, dst);
+        Packet::parse(&stand_in)
+            .is_ok_and(|packet| self.filter.outbound(&packet, now) == Verdict::Accept)
+    }
+
+    /// The same for a packet that another node brings without the tunnel.
+    pub fn may_enter(&mut self, packet: &[u8], src: IpAddr, dst: IpAddr, now: Instant) -> bool {
+        let stand_in = readdressed(packet, src, dst);
+        match (self.routes.lookup(src), Packet::parse(&stand_in)) {
+            (Some(&slot), Ok(packet)) => self.inbound(slot, &packet, now) == Verdict::Accept,
+            _ => false,
+        }
+    }
+
+    /// A datagram from UDP that is not STUN's.
+    pub fn on_udp(&mut self, from: SocketAddr, datagram: &[u8], now: Instant, out: &mut Out) {
+        // A socket for both families shows IPv4 addresses as mapped ones.
+        let from = SocketAddr::new(from.ip().to_canonical(), from.port());
+        match disco::sender(datagram) {
+            Some(sender) => self.disco(&sender, datagram, Origin::Address(from), now, out),
+            None => self.wireguard(None, datagram, Origin::Address(from), now, out),
+        }
+    }
+
+    /// A datagram that the relay of `region` brought from `key`.
+    pub fn on_relay(
+        &mut self,
+        region: RegionId,
+        key: &NodePublicKey,
+        datagram: &[u8],
+        now: Instant,
+        out: &mut Out,
+    ) {
+        let Some(&slot) = self.by_key.get(key) else {
+            return;
+        };
+        self.peers[slot].seen_at = region;
+        match disco::sender(datagram) {
+            Some(sender) => self.disco(&sender, datagram, Origin::Relay(region), now, out),
+            None => self.wireguard(Some(slot), datagram, Origin::Relay(region), now, out),
+        }
+    }
+
+    /// An address refused what we sent to it.
+    pub fn unreachable(&mut self, address: SocketAddr) {
+        let address = SocketAddr::new(address.ip().to_canonical(), address.port());
+        for (_, peer) in &mut self.peers {
+            peer.path.failed(address);
+        }
+    }
+
+    /// Does what time has made due. Returns when to call it again; `None`: after the next packet.
+    pub fn tick(&mut self, now: Instant, out: &mut Out) -> Option<Instant> {
+        if self
+            .limiter_reset
+            .is_none_or(|at| now >= at + Duration::from_secs(1))
+        {
+            self.limiter_reset = Some(now);
+            self.limiter.reset_count();
+        }
+        let mut next: Option<Instant> = None;
+        let slots: Vec<usize> = self
+            .peers
+            .iter()
+            .filter(|(_, peer)| peer.tunnel.is_some())
+            .map(|(slot, _)| slot)
+            .collect();
+        for slot in slots {
+            let peer = &mut self.peers[slot];
+            let busy = peer.path.active(now);
+            let mut actions = std::mem::take(&mut self.actions);
+            peer.path.tick(now, &mut actions);
+            if let Some(tunnel) = &mut peer.tunnel {
+                let (wrote, range) =
+                    out.write(WIREGUARD_MIN, |buffer| tunnel.update_timers(buffer).into());
+                match wrote {
+                    Wrote::Network(_) => self.send_by(slot, None, range, now, out),
+                    Wrote::Expired => {
+                        peer.tunnel = None;
+                        peer.retry = None;
+                    }
+                    Wrote::Nothing | Wrote::Packet(_) => {}
+                }
+            }
+            self.act(slot, &mut actions, out);
+            self.actions = actions;
+            if self.peers[slot].retry.is_some_and(|(at, _)| now >= at) {
+                self.retry(slot, now, out);
+            }
+            let mut due = now + if busy { TICK_BUSY } else { TICK_IDLE };
+            if let Some((at, _)) = self.peers[slot].retry {
+                due = due.min(at);
+            }
+            next = Some(next.map_or(due, |next| next.min(due)));
+        }
+        next
+    }
+
+    /// The peers and how packets to them travel, by name. `region` names a DERP region.
+    pub fn peers(&self, now: Instant, region: impl Fn(RegionId) -> String) -> Vec<PeerStatus> {
+        let mut peers: Vec<_> = self
+            .peers
+            .iter()
+            .map(|(_, peer)| PeerStatus {
+                name: peer.name.clone(),
+                addresses: peer.addresses.clone(),
+                online: peer.online,
+                path: match peer.path.direct(now) {
+                    Some(address) => PeerPath::Direct { address },
+                    None => match peer.relay() {
+                        Some(To::Relay(id, _)) if peer.path.active(now) => {
+                            PeerPath::Relay { region: region(id) }
+                        }
+                        _ => PeerPath::Idle,
+                    },
+                },
+                rx_bytes: peer.rx_bytes,
+                tx_bytes: peer.tx_bytes,
+            })
+            .collect();
+        peers.sort_by(|a, b| a.name.cmp(&b.name));
+        peers
+    }
+
+    fn upsert(&mut self, node: &tailcfg::Node, now: Instant) {
+        // A peer with a new key is another WireGuard peer: begin anew.
+        if let Some(&slot) = self.by_id.get(&node.id)
+            && self.peers[slot].key != node.key
+        {
+            self.remove(node.id);
+        }
+        if node.expired {
+            self.remove(node.id);
+            return;
+        }
+        let slot = *self.by_id.entry(node.id).or_insert_with(|| {
+            self.peers.insert(Peer {
+                id: node.id,
+                key: node.key,
+                name: String::new(),
+                addresses: Vec::new(),
+                online: None,
+                jailed: false,
+                disco: None,
+                sealed: None,
+                routes: Vec::new(),
+                tunnel: None,
+                retry: None,
+                path: Path::default(),
+                home: 0,
+                seen_at: 0,
+                rx_bytes: 0,
+                tx_bytes: 0,
+            })
+        });
+        self.by_key.insert(node.key, slot);
+        let peer = &mut self.peers[slot];
+        if let Some((at, _)) = &mut peer.retry {
+            // Now it may be where it could not be reached a moment ago.
+            *at = now;
+        }
+        peer.name = node.name.trim_end_matches('.').to_owned();
+        peer.addresses = node.addresses.iter().map(IpNet::addr).collect();
+        peer.online = node.online;
+        peer.jailed = node.is_jailed;
+        peer.home = node.derp_region();
+        peer.path.set_endpoints(&node.endpoints);
+        if peer.disco != node.disco_key {
+            if let Some(old) = peer.disco.take() {
+                if self.by_disco.get(&old) == Some(&slot) {
+                    self.by_disco.remove(&old);
+                }
+                // The peer restarted: its sockets, and so its addresses, are new.
+                peer.path.reset();
+            }
+            peer.sealed = None;
+            peer.disco = node.disco_key;
+            if let Some(new) = node.disco_key {
+                self.by_disco.insert(new, slot);
+            }
+        }
+        // Subnets behind a peer are not taken: a node accepts routes only where it is told to.
+        let routes: Vec<IpNet> = node
+            .allowed_ips()
+            .iter()
+            .filter(|net| net.prefix_len() == net.max_prefix_len() && node.addresses.contains(net))
+            .copied()
+            .collect();
+        if peer.routes != routes {
+            for net in std::mem::replace(&mut peer.routes, routes.clone()) {
+                if self.routes.lookup(net.addr()) == Some(&slot) {
+                    self.routes.remove(net);
+                }
+            }
+            for net in routes {
+                self.routes.insert(net, slot);
+            }
+        }
+    }
+
+    fn remove(&mut self, id: NodeId) {
+        let Some(slot) = self.by_id.remove(&id) else {
+            return;
+        };
+        let peer = self.peers.remove(slot);
+        // A successor may have taken over keys and addresses before this one left.
+        if self.by_key.get(&peer.key) == Some(&slot) {
+            self.by_key.remove(&peer.key);
+        }
+        if let Some(key) = peer.disco
+            && self.by_disco.get(&key) == Some(&slot)
+        {
+            self.by_disco.remove(&key);
+        }
+        for net in peer.routes {
+            if self.routes.lookup(net.addr()) == Some(&slot) {
+                self.routes.remove(net);
+            }
+        }
+        debug!(peer = %peer.name, id = peer.id, "peer removed");
+    }
+
+    fn tunnel(
+        private: &x25519::StaticSecret,
+        peer: &NodePublicKey,
+        slot: usize,
+        limiter: &Arc<RateLimiter>,
+    ) -> Tunn {
+        let peer = x25519::PublicKey::from(*peer.export().as_bytes());
+        // The index names the slot in every datagram that comes back; boringtun keeps 24 bits.
+        Tunn::new(
+            private.clone(),
+            peer,
+            None,
+            None,
+            slot as u32,
+            Some(limiter.clone()),
+        )
+    }
+
+    fn wireguard(
+        &mut self,
+        sender: Option<usize>,
+        datagram: &[u8],
+        from: Origin,
+        now: Instant,
+        out: &mut Out,
+    ) {
+        let source = match from {
+            Origin::Address(address) => Some(address.ip()),
+            Origin::Relay(_) => None,
+        };
+        let mut begins = false;
+        let slot = match Tunn::parse_incoming_packet(datagram) {
+            Ok(WireGuardPacket::HandshakeInit(init)) => {
+                // Checks the MAC, and under load asks for a cookie, before the costly part.
+                let mut cookie = [0; WIREGUARD_MIN];
+                match self.limiter.verify_packet(source, datagram, &mut cookie) {
+                    Ok(_) => {}
+                    Err(TunnResult::WriteToNetwork(cookie)) => {
+                        if let Origin::Address(address) = from {
+                            out.put(To::Address(address), cookie);
+                        }
+                        return;
+                    }
+                    Err(_) => return,
+                }
+                let Ok(half) = parse_handshake_anon(&self.private, &self.public, &init) else {
+                    return;
+                };
+                let key = NodePublicKey::from_bytes(half.peer_static_public);
+                let Some(&slot) = self.by_key.get(&key) else {
+                    return;
+                };
+                begins = true;
+                slot
+            }
+            Ok(WireGuardPacket::HandshakeResponse(packet)) => packet.receiver_idx as usize >> 8,
+            Ok(WireGuardPacket::PacketCookieReply(packet)) => packet.receiver_idx as usize >> 8,
+            Ok(WireGuardPacket::PacketData(packet)) => packet.receiver_idx as usize >> 8,
+            Err(_) => return,
+        };
+        // A relay vouches for the sender: nobody else's datagrams under its name.
+        if sender.is_some_and(|sender| sender != slot) {
+            return;
+        }
+        let Some(peer) = self.peers.get_mut(slot) else {
+            return;
+        };
+        if begins && peer.tunnel.is_none() {
+            peer.tunnel = Some(Self::tunnel(&self.private, &peer.key, slot, &self.limiter));
+        }
+        // Without one there is nothing to answer or to open: it costs nobody but its sender.
+        let Some(tunnel) = &mut peer.tunnel else {
+            return;
+        };
+        let room = datagram.len().max(WIREGUARD_MIN);
+        let (wrote, range) = out.write(room, |buffer| {
+            tunnel.decapsulate(source, datagram, buffer).into()
+        });
+        match wrote {
+            Wrote::Nothing | Wrote::Expired => {}
+            Wrote::Packet(_) => self.deliver(slot, range, now, out),
+            Wrote::Network(_) => {
+                if begins
+                    && let Some(direct) = peer.path.direct(now)
+                    && from != Origin::Address(direct)
+                {
+                    peer.path.doubt(now);
+                }
+                self.send(slot, range, now, out);
+                self.flush_queue(slot, now, out);
+            }
+        }
+        // The peer's own handshake may have come to its end before ours did.
+        let peer = &mut self.peers[slot];
+        if peer.retry.is_some() && peer.is_in_session() {
+            peer.retry = None;
+            self.flush_queue(slot, now, out);
+        }
+    }
+
+    /// Sends what waited for the handshake that has just ended.
+    fn flush_queue(&mut self, slot: usize, now: Instant, out: &mut Out) {
+        // One packet may fill a whole datagram of the tunnel's MTU; there is none larger.
+        const ROOM: usize = 65_535 + WIREGUARD_OVERHEAD;
+        while let Some(tunnel) = &mut self.peers[slot].tunnel {
+            let (wrote, range) =
+                out.write(ROOM, |buffer| tunnel.decapsulate(None, &[], buffer).into());
+            if !matches!(wrote, Wrote::Network(_)) {
+                break;
+            }
+            self.send(slot, range, now, out);
+        }
+    }
+
+    /// Repeats a first handshake that has not been answered.
+    fn retry(&mut self, slot: usize, now: Instant, out: &mut Out) {
+        let peer = &mut self.peers[slot];
+        let (Some((_, wait)), Some(tunnel)) = (peer.retry, &mut peer.tunnel) else {
+            return;
+        };
+        peer.retry = (wait < RETRY_LAST).then_some((now + 2 * wait, 2 * wait));
+        let (wrote, range) = out.write(WIREGUARD_MIN, |buffer| {
+            tunnel.format_handshake_initiation(buffer, true).into()
+        });
+        if let Wrote::Network(_) = wrote {
+            self.send(slot, range, now, out);
+        }
+    }
+
+    /// A decrypted packet from a peer: may it send it, and does policy let it in?
+    fn deliver(&mut self, slot: usize, range: Range<usize>, now: Instant, out: &mut Out) {
+        let Ok(packet) = Packet::parse(&out.bytes[range.clone()]) else {
+            return;
+        };
+        if self.routes.lookup(packet.src()) != Some(&slot) {
+            trace!(src = %packet.src(), peer = %self.peers[slot].name, "dropped a packet with another's address");
+            return;
+        }
+        if packet.protocol() == protocol::TSMP {
+            let ours = self.filter.is_local(packet.dst());
+            if let Some(pong) = packet::tsmp_pong(&packet).filter(|_| ours) {
+                self.seal(slot, &pong, now, out);
+            }
+            return;
+        }
+        match self.inbound(slot, &packet, now) {
+            Verdict::Accept => {
+                self.peers[slot].rx_bytes += range.len() as u64;
+                out.sends.push((To::Tun, range));
+            }
+            Verdict::Drop(reason) => {
+                trace!(?reason, src = %packet.src(), dst = %packet.dst(), "policy dropped a packet");
+            }
+        }
+    }
+
+    /// What policy says of a packet from a peer.
+    fn inbound(&mut self, slot: usize, packet: &Packet<'_>, now: Instant) -> Verdict {
+        self.filter.set_shields_up(self.peers[slot].jailed);
+        let verdict = self.filter.inbound(packet, now);
+        self.filter.set_shields_up(false);
+        verdict
+    }
+
+    /// Encrypts a packet and sends it, or keeps it for the end of the handshake that it begins.
+    fn seal(&mut self, slot: usize, bytes: &[u8], now: Instant, out: &mut Out) {
+        let peer = &mut self.peers[slot];
+        let tunnel = peer
+            .tunnel
+            .get_or_insert_with(|| Self::tunnel(&self.private, &peer.key, slot, &self.limiter));
+        let room = (bytes.len() + WIREGUARD_OVERHEAD).max(WIREGUARD_MIN);
+        let (wrote, range) = out.write(room, |buffer| tunnel.encapsulate(bytes, buffer).into());
+        if let Wrote::Network(_) = wrote {
+            if peer.retry.is_none() && !peer.is_in_session() {
+                peer.retry = Some((now + RETRY_FIRST, RETRY_FIRST));
+            }
+            self.send(slot, range, now, out);
+        }
+    }
+
+    fn send(&mut self, slot: usize, range: Range<usize>, now: Instant, out: &mut Out) {
+        let mut actions = std::mem::take(&mut self.actions);
+        let route = self.peers[slot].path.route(now, &mut actions);
+        self.send_by(slot, Some(route), range, now, out);
+        self.act(slot, &mut actions, out);
+        self.actions = actions;
+    }
+
+    /// Sends to a peer; timers' own datagrams (`route` is `None`) do not count as activity.
+    fn send_by(
+        &mut self,
+        slot: usize,
+        route: Option<Route>,
+        range: Range<usize>,
+        now: Instant,
+        out: &mut Out,
+    ) {
+        let peer = &self.peers[slot];
+        let route = route.unwrap_or_else(|| match peer.path.direct(now) {
+            Some(address) => Route::Direct(address),
+            None => Route::Relay,
+        });
+        if let Route::Direct(address) | Route::Both(address) = route {
+            out.sends.push((To::Address(address), range.clone()));
+        }
+        if let Route::Relay | Route::Both(_) = route {
+            match peer.relay() {
+                Some(relay) => out.sends.push((relay, range)),
+                None => trace!(peer = %peer.name, "no path and no relay: dropped"),
+            }
+        }
+    }
+
+    /// Carries out what a path asked for.
+    fn act(&mut self, slot: usize, actions: &mut Vec<Action>, out: &mut Out) {
+        if actions.is_empty() {
+            return;
+        }
+        let peer = &mut self.peers[slot];
+        let Some(key) = peer.disco else {
+            actions.clear();
+            return;
+        };
+        let relay = peer.relay();
+        let pair = peer
+            .sealed
+            .get_or_insert_with(|| disco::Pair::new(&self.disco, &key));
+        for action in actions.drain(..) {
+            match (action, relay) {
+                (Action::Ping { to, tx_id }, _) => {
+                    let ping = disco::Message::Ping {
+                        tx_id,
+                        node_key: Some(self.node_key),
+                    };
+                    out.put(To::Address(to), &pair.seal(&ping));
+                }
+                (Action::CallMeMaybe, Some(relay)) if !self.endpoints.is_empty() => {
+                    let call = disco::Message::CallMeMaybe {
+                        endpoints: self.endpoints.clone(),
+                    };
+                    out.put(relay, &pair.seal(&call));
+                }
+                (Action::CallMeMaybe, _) => {}
+            }
+        }
+    }
+
+    fn disco(
+        &mut self,
+        sender: &DiscoPublicKey,
+        datagram: &[u8],
+        from: Origin,
+        now: Instant,
+        out: &mut Out,
+    ) {
+        let Some(&slot) = self.by_disco.get(sender) else {
+            trace!(?sender, "disco from nobody we know");
+            return;
+        };
+        let peer = &mut self.peers[slot];
+        let pair = peer
+            .sealed
+            .get_or_insert_with(|| disco::Pair::new(&self.disco, sender));
+        let message = match pair.open(datagram) {
+            Ok(message) => message,
+            Err(error) => {
+                debug!(peer = %peer.name, %error, "ignored a disco message");
+                return;
+            }
+        };
+        let mut actions = std::mem::take(&mut self.actions);
+        match (message, from) {
+            (disco::Message::Ping { tx_id, node_key }, from) => {
+                if node_key.is_none_or(|key| key == peer.key) {
+                    let (to, src) = match from {
+                        Origin::Address(address) => (To::Address(address), address),
+                        Origin::Relay(region) => (
+                            To::Relay(region, peer.key),
+                            SocketAddr::from((DERP_MAGIC_IP, region as u16)),
+                        ),
+                    };
+                    out.put(to, &pair.seal(&disco::Message::Pong { tx_id, src }));
+                    if let Origin::Address(address) = from {
+                        peer.path.pinged(address, now, &mut actions);
+                    }
+                }
+            }
+            (disco::Message::Pong { tx_id, .. }, Origin::Address(_)) => {
+                if peer.path.pong(tx_id, now) && peer.retry.is_some() {
+                    // The relay may have lost the handshake; this way it arrives.
+                    self.retry(slot, now, out);
+                }
+            }
+            (disco::Message::CallMeMaybe { endpoints }, Origin::Relay(_)) => {
+                peer.path.called(&endpoints, now, &mut actions);
+            }
+            // A pong by the relay answers no ping of ours, and a call is only believed from there.
+            (disco::Message::Pong { .. } | disco::Message::CallMeMaybe { .. }, _) => {}
+            (disco::Message::Other(kind), _) => {
+                trace!(kind, "disco message of a kind we do not speak")
+            }
+        }
+        self.act(slot, &mut actions, out);
+        self.actions = actions;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::{BTreeMap, VecDeque};
+
+    use tailnode_wire::tailcfg::{FilterRule, NetPortRange, PortRange};
+
+    use super::*;
+
+    const REGION: RegionId = 9;
+
+    /// A node on a test network that only carries what its flags allow.
+    struct Host {
+        keys: Keys,
+        router: Router,
+        udp: SocketAddr,
+        ip: IpAddr,
+        received: Vec<Vec<u8>>,
+    }
+
+    struct World {
+        hosts: Vec<Host>,
+        udp_works: bool,
+        now: Instant,
+        by_udp: usize,
+        by_relay: usize,
+    }
+
+    fn allow_all() -> Vec<FilterRule> {
+        vec![FilterRule {
+            src_ips: vec!["*".into()],
+            dst_ports: vec![NetPortRange {
+                ip: "*".into(),
+                ports: PortRange {
+                    first: 0,
+                    last: 65535,
+                },
+            }],
+            ..FilterRule::default()
+        }]
+    }
+
+    fn node(id: usize, host: &Keys, ip: IpAddr, udp: SocketAddr) -> tailcfg::Node {
+        let mut node = tailcfg::Node::new(id as NodeId, host.node.public);
+        node.name = format!("host{id}.example.");
+        node.addresses = vec![IpNet::from(ip)];
+        node.disco_key = Some(host.disco.public);
+        node.endpoints = vec![udp];
+        node.home_derp = REGION;
+        node
+    }
+
+    impl World {
+        fn new(udp_works: bool, rules: impl Fn(usize) -> Vec<FilterRule>) -> Self {
+            let hosts: Vec<Host> = (1..=2)
+                .map(|id: u8| {
+                    let keys = Keys::random();
+                    let router = Router::new(&keys);
+                    let udp = SocketAddr::from(([192, 0, 2, id], 4000));
+                    Host {
+                        keys,
+                        router,
+                        udp,
+                        ip: IpAddr::from([100, 64, 0, id]),
+                        received: Vec::new(),
+                    }
+                })
+                .collect();
+            let mut world = Self {
+                hosts,
+                udp_works,
+                now: Instant::now(),
+                by_udp: 0,
+                by_relay: 0,
+            };
+            for me in 0..2 {
+                let peer = 1 - me;
+                let netmap = Netmap {
+                    myself: world.node(me),
+                    peers: HashMap::from([(peer as NodeId, world.node(peer))]),
+                    filters: BTreeMap::from([("base".to_owned(), rules(me))]),
+                    ..Netmap::default()
+                };
+                let host = &mut world.hosts[me];
+                host.router
+                    .update(&netmap, &Changes::everything(), world.now);
+                host.router.set_endpoints(vec![host.udp]);
+            }
+            world
+        }
+
+        fn node(&self, id: usize) -> tailcfg::Node {
+            let host = &self.hosts[id];
+            node(id, &host.keys, host.ip, host.udp)
+        }
+
+        fn say(&mut self, from: usize, text: &[u8]) {
+            let (src, dst) = (self.hosts[from].ip, self.hosts[1 - from].ip);
+            let packet =
+                packet::udp(SocketAddr::new(src, 1000), SocketAddr::new(dst, 2000), text).unwrap();
+            let mut out = Out::default();
+            assert_eq!(
+                self.hosts[from].router.on_tun(&packet, self.now, &mut out),
+                Taken::Sent
+            );
+            self.carry(from, out);
+        }
+
+        /// Carries everything to where it goes until nobody has anything more to say.
+        fn carry(&mut self, from: usize, out: Out) {
+            let mut queue = VecDeque::from([(from, out)]);
+            let mut steps = 0;
+            while let Some((from, out)) = queue.pop_front() {
+                steps += 1;
+                assert!(steps < 1000, "the two talk forever");
+                let sender = (self.hosts[from].udp, self.hosts[from].keys.node.public);
+                for (to, bytes, segment) in out.trains(|segment| segment * 64) {
+                    let mut answer = Out::default();
+                    match to {
+                        To::Tun => self.hosts[from].received.push(bytes.to_vec()),
+                        To::Address(address) => {
+                            let Some(at) = self.hosts.iter().position(|h| h.udp == address) else {
+                                continue;
+                            };
+                            if self.udp_works {
+                                for datagram in bytes.chunks(segment) {
+                                    self.by_udp += 1;
+                                    self.hosts[at].router.on_udp(
+                                        sender.0,
+                                        datagram,
+                                        self.now,
+                                        &mut answer,
+                                    );
+                                }
+                                queue.push_back((at, answer));
+                            }
+                        }
+                        To::Relay(region, key) => {
+                            assert_eq!(region, REGION);
+                            let at = self
+                                .hosts
+                                .iter()
+                                .position(|h| h.keys.node.public == key)
+                                .unwrap();
+                            self.by_relay += 1;
+                            self.hosts[at].router.on_relay(
+                                region,
+                                &sender.1,
+                                bytes,
+                                self.now,
+                                &mut answer,
+                            );
+                            queue.push_back((at, answer));
+                        }
+                    }
+                }
+            }
+        }
+
+        fn tick(&mut self) {
+            for at in 0..self.hosts.len() {
+                let mut out = Out::default();
+                self.hosts[at].router.tick(self.now, &mut out);
+                self.carry(at, out);
+            }
+        }
+
+        fn heard(&mut self, at: usize) -> Vec<Vec<u8>> {
+            let packets = std::mem::take(&mut self.hosts[at].received);
+            packets
+                .iter()
+                .map(|bytes| Packet::parse(bytes).unwrap().payload().to_vec())
+                .collect()
+        }
+    }
+
+    #[test]
+    fn the_first_packet_makes_the_session_and_the_path_and_arrives() {
+        let mut world = World::new(true, |_| allow_all());
+        world.say(0, b"hello");
+        assert_eq!(world.heard(1), [b"hello"]);
+        world.say(1, b"hello yourself");
+        assert_eq!(world.heard(0), [b"hello yourself"]);
+        assert!(world.by_relay > 0, "it began by relay");
+        let relayed = world.by_relay;
+        world.say(0, b"straight");
+        assert_eq!(world.heard(1), [b"straight"]);
+        assert_eq!(world.by_relay, relayed, "and goes straight now");
+        let status = world.hosts[0].router.peers(world.now, |id| id.to_string());
+        assert_eq!(
+            status[0].path,
+            PeerPath::Direct {
+                address: world.hosts[1].udp
+            }
+        );
+        assert_eq!(status[0].name, "host1.example");
+    }
+
+    #[test]
+    fn without_udp_everything_goes_by_relay() {
+        let mut world = World::new(false, |_| allow_all());
+        for _ in 0..5 {
+            world.say(0, b"hello");
+            world.now += Duration::from_secs(1);
+            world.tick();
+        }
+        assert_eq!(world.heard(1).len(), 5);
+        let status = world.hosts[0].router.peers(world.now, |id| id.to_string());
+        assert_eq!(
+            status[0].path,
+            PeerPath::Relay {
+                region: REGION.to_string()
+            }
+        );
+    }
+
+    #[test]
+    fn a_lost_path_is_left_for_the_relay_and_taken_again() {
+        let mut world = World::new(true, |_| allow_all());
+        world.say(0, b"1");
+        world.say(0, b"2");
+        world.udp_works = false;
+        // Trust ends after some seconds; from then on the relay carries a copy.
+        for _ in 0..8 {
+            world.now += Duration::from_secs(1);
+            world.tick();
+        }
+        world.heard(1);
+        world.say(0, b"3");
+        assert_eq!(world.heard(1), [b"3"]);
+        world.udp_works = true;
+        for _ in 0..8 {
+            world.now += Duration::from_secs(1);
+            world.tick();
+            world.say(0, b"again");
+        }
+        let relayed = world.by_relay;
+        world.say(0, b"4");
+        assert_eq!(world.by_relay, relayed);
+    }
+
+    #[test]
+    fn a_first_packet_to_a_peer_that_is_not_reachable_yet_goes_out_soon_after() {
+        let mut world = World::new(false, |_| allow_all());
+        // Host 0 does not know yet at which relay host 1 is.
+        let everything = Changes {
+            peers: vec![1],
+            ..Changes::default()
+        };
+        let mut netmap = Netmap {
+            myself: world.node(0),
+            peers: HashMap::from([(1, world.node(1))]),
+            ..Netmap::default()
+        };
+        netmap.peers.get_mut(&1).unwrap().home_derp = 0;
+        world.hosts[0]
+            .router
+            .update(&netmap, &everything, world.now);
+        world.say(0, b"early");
+        assert!(world.heard(1).is_empty());
+        world.now += Duration::from_millis(50);
+        netmap.peers.get_mut(&1).unwrap().home_derp = REGION;
+        world.hosts[0]
+            .router
+            .update(&netmap, &everything, world.now);
+        world.tick();
+        assert_eq!(world.heard(1), [b"early"]);
+    }
+
+    #[test]
+    fn one_way_policy_lets_answers_back_and_nothing_else() {
+        // Host 1 lets host 0 in; host 0 lets nobody in.
+        let mut world = World::new(true, |me| if me == 1 { allow_all() } else { Vec::new() });
+        world.say(1, b"unasked");
+        assert!(world.heard(0).is_empty());
+        // The same addresses and ports the other way round, as an answer has them.
+        let (a, b) = (
+            SocketAddr::new(world.hosts[0].ip, 7),
+            SocketAddr::new(world.hosts[1].ip, 8),
+        );
+        for (from, src, dst) in [(0, a, b), (1, b, a)] {
+            let packet = packet::udp(src, dst, b"asked").unwrap();
+            let mut out = Out::default();
+            world.hosts[from]
+                .router
+                .on_tun(&packet, world.now, &mut out);
+            world.carry(from, out);
+        }
+        assert_eq!(world.heard(0), [b"asked"]);
+    }
+
+    #[test]
+    fn a_peer_cannot_send_as_another() {
+        let mut world = World::new(true, |_| allow_all());
+        world.say(0, b"hello");
+        world.heard(1);
+        // Host 1 is told that host 0 has another address: what it sends from the old one is dropped.
+        let mut peer = world.node(0);
+        peer.addresses = vec!["100.64.0.77/32".parse().unwrap()];
+        let netmap = Netmap {
+            myself: world.node(1),
+            peers: HashMap::from([(0, peer)]),
+            filters: BTreeMap::from([("base".to_owned(), allow_all())]),
+            ..Netmap::default()
+        };
+        let changes = Changes {
+            peers: vec![0],
+            ..Changes::default()
+        };
+        world.hosts[1].router.update(&netmap, &changes, world.now);
+        world.say(0, b"spoofed");
+        assert!(world.heard(1).is_empty());
+    }
+
+    #[test]
+    fn a_removed_peer_is_no_longer_heard() {
+        let mut world = World::new(true, |_| allow_all());
+        world.say(0, b"hello");
+        world.heard(1);
+        let changes = Changes {
+            peers: vec![0],
+            ..Changes::default()
+        };
+        world.hosts[1]
+            .router
+            .update(&Netmap::default(), &changes, world.now);
+        world.say(0, b"still there?");
+        assert!(world.heard(1).is_empty());
+        assert!(
+            world.hosts[1]
+                .router
+                .peers(world.now, |_| String::new())
+                .is_empty()
+        );
+    }
+
+    /// Tells host 1 that its peers are now these.
+    fn tell(world: &mut World, peers: &[(NodeId, tailcfg::Node)], changed: &[NodeId]) {
+        let netmap = Netmap {
+            myself: world.node(1),
+            peers: peers.iter().cloned().collect(),
+            filters: BTreeMap::from([("base".to_owned(), allow_all())]),
+            ..Netmap::default()
+        };
+        let changes = Changes {
+            peers: changed.to_vec(),
+            ..Changes::default()
+        };
+        world.hosts[1].router.update(&netmap, &changes, world.now);
+    }
+
+    #[test]
+    fn a_peer_that_comes_again_under_a_new_number_stays_when_the_old_one_goes() {
+        let mut world = World::new(true, |_| allow_all());
+        let (old, mut new) = (world.node(0), world.node(0));
+        new.id = 7;
+        tell(&mut world, &[(0, old), (7, new.clone())], &[7]);
+        tell(&mut world, &[(7, new)], &[0]);
+        world.say(0, b"hello");
+        assert_eq!(world.heard(1), [b"hello"]);
+        world.say(0, b"straight");
+        assert_eq!(world.heard(1), [b"straight"]);
+        let router = &world.hosts[1].router;
+        assert!(
+            router.peers[router.by_id[&7]]
+                .path
+                .direct(world.now)
+                .is_some()
+        );
+    }
+
+    #[test]
+    fn strangers_make_no_tunnels() {
+        let mut world = World::new(true, |_| allow_all());
+        let from = world.hosts[0].udp;
+        for (kind, length) in [(2u8, 92), (3, 64), (4, 100)] {
+            let mut datagram = vec![0; length];
+            datagram[0] = kind;
+            let router = &mut world.hosts[1].router;
+            router.on_udp(from, &datagram, world.now, &mut Out::default());
+            assert!(router.peers.iter().all(|(_, peer)| peer.tunnel.is_none()));
+        }
+    }
+
+    #[test]
+    fn what_waits_for_a_handshake_goes_when_the_peers_own_has_ended() {
+        let mut world = World::new(false, |_| allow_all());
+        let packet = |world: &World, from: usize| {
+            let (src, dst) = (world.hosts[from].ip, world.hosts[1 - from].ip);
+            packet::udp(SocketAddr::new(src, 1), SocketAddr::new(dst, 2), b"hi").unwrap()
+        };
+        let relayed = |world: &mut World, to: usize, out: &Out| {
+            let from = world.hosts[1 - to].keys.node.public;
+            let mut answer = Out::default();
+            for (way, bytes, _) in out.trains(|_| 0) {
+                if matches!(way, To::Relay(..)) {
+                    let router = &mut world.hosts[to].router;
+                    router.on_relay(REGION, &from, bytes, world.now, &mut answer);
+                }
+            }
+            answer
+        };
+        let (mut begin, mut lost) = (Out::default(), Out::default());
+        let first = packet(&world, 0);
+        world.hosts[0].router.on_tun(&first, world.now, &mut begin);
+        let response = relayed(&mut world, 1, &begin);
+        // Host 1 has answered, and does not know yet that host 0 has heard it.
+        let second = packet(&world, 1);
+        world.hosts[1].router.on_tun(&second, world.now, &mut lost);
+        let confirmed = relayed(&mut world, 0, &response);
+        let waited = relayed(&mut world, 1, &confirmed);
+        let heard = relayed(&mut world, 0, &waited);
+        let to_tun = |out: &Out| out.sends.iter().filter(|(to, _)| *to == To::Tun).count();
+        assert_eq!((to_tun(&waited), to_tun(&heard)), (1, 1));
+    }
+
+    #[test]
+    fn pings_between_nodes_are_answered_whatever_policy_says() {
+        let mut world = World::new(true, |_| Vec::new());
+        let (a, b) = (world.hosts[0].ip, world.hosts[1].ip);
+        let ping = |src, dst| packet::tests::raw(src, dst, protocol::TSMP, b"p12345678");
+        let from_container = ping(a, b);
+        let router = &mut world.hosts[0].router;
+        let taken = router.on_tun(&from_container, world.now, &mut Out::default());
+        assert_eq!(
+            taken,
+            Taken::Dropped,
+            "containers do not speak for their node"
+        );
+        // A session, so that what is sealed leaves at once.
+        world.say(0, b"hello");
+        world.say(0, b"hello");
+        for (dst, answers) in [(b, 1), (IpAddr::from([100, 64, 0, 9]), 0)] {
+            let mut out = Out::default();
+            let slot = world.hosts[0].router.by_id[&1];
+            let router = &mut world.hosts[0].router;
+            router.seal(slot, &ping(a, dst), world.now, &mut out);
+            let (mut pongs, key) = (Out::default(), world.hosts[0].keys.node.public);
+            let from = world.hosts[0].udp;
+            for (to, bytes, _) in out.trains(|_| 0) {
+                let router = &mut world.hosts[1].router;
+                match to {
+                    To::Relay(..) => router.on_relay(REGION, &key, bytes, world.now, &mut pongs),
+                    _ => router.on_udp(from, bytes, world.now, &mut pongs),
+                }
+            }
+            assert_eq!(pongs.sends.len(), answers);
+            world.carry(1, pongs);
+        }
+        assert!(world.heard(0).is_empty() && world.heard(1).is_empty());
+    }
+
+    #[test]
+    fn one_jailed_peer_does_not_raise_the_shields_for_others() {
+        let mut world = World::new(true, |_| allow_all());
+        let (mut jailed, mut free) = (world.node(0), world.node(0));
+        jailed.is_jailed = true;
+        free.id = 7;
+        free.key = Keys::random().node.public;
+        free.disco_key = None;
+        let other = IpAddr::from([100, 64, 0, 7]);
+        free.addresses = vec![IpNet::from(other)];
+        tell(&mut world, &[(0, jailed), (7, free)], &[0, 7]);
+        world.say(0, b"hello");
+        assert!(world.heard(1).is_empty());
+        let us = world.hosts[1].ip;
+        for (src, enters) in [(other, true), (world.hosts[0].ip, false), (other, true)] {
+            let from = SocketAddr::new(src, 5);
+            let packet = packet::udp(from, SocketAddr::new(us, 6), b"").unwrap();
+            let router = &mut world.hosts[1].router;
+            assert_eq!(router.may_enter(&packet, src, us, world.now), enters);
+        }
+    }
+
+    #[test]
+    fn queries_go_to_the_resolver_unless_a_peer_is_asked() {
+        let mut world = World::new(true, |_| allow_all());
+        let me = SocketAddr::new(world.hosts[0].ip, 5000);
+        let mut ask = |server: &str| {
+            let packet = packet::udp(me, server.parse().unwrap(), b"?").unwrap();
+            world.hosts[0]
+                .router
+                .on_tun(&packet, Instant::now(), &mut Out::default())
+        };
+        assert_eq!(ask("100.100.100.100:53"), Taken::ForResolver);
+        assert_eq!(ask("100.100.100.100:80"), Taken::ForResolver);
+        assert_eq!(ask("9.9.9.9:53"), Taken::ForResolver);
+        assert_eq!(ask("9.9.9.9:54"), Taken::Dropped);
+        assert_eq!(ask("100.64.0.2:53"), Taken::Sent);
+    }
+
+    #[test]
+    fn runs_of_equal_datagrams_are_one_train() {
+        let address = To::Address("192.0.2.1:1".parse().unwrap());
+        let other = To::Address("192.0.2.2:1".parse().unwrap());
+        let mut out = Out::default();
+        for (to, size) in [
+            (address, 10),
+            (address, 10),
+            (address, 4),
+            (address, 10),
+            (other, 10),
+            (To::Tun, 10),
+            (To::Tun, 10),
+        ] {
+            out.put(to, &vec![7; size]);
+        }
+        let sizes = |room: usize| -> Vec<(To, usize, usize)> {
+            out.trains(|_| room)
+                .map(|(to, bytes, segment)| (to, bytes.len(), segment))
+                .collect()
+        };
+        assert_eq!(
+            sizes(1000),
+            [
+                (address, 24, 10),
+                (address, 10, 10),
+                (other, 10, 10),
+                (To::Tun, 10, 10),
+                (To::Tun, 10, 10)
+            ]
+        );
+        assert_eq!(sizes(20)[..2], [(address, 20, 10), (address, 4, 4)]);
+    }
+
+    mod hostile {
+        use proptest::prelude::*;
+
+        use super::*;
+
+        proptest! {
+            #[test]
+            fn no_bytes_panic(bytes: Vec<u8>, kind in 0u8..5) {
+                let mut world = World::new(true, |_| allow_all());
+                let mut bytes = bytes;
+                if let Some(first) = bytes.first_mut() {
+                    *first = kind;
+                }
+                let mut out = Out::default();
+                let key = world.hosts[1].keys.node.public;
+                let from = world.hosts[1].udp;
+                let router = &mut world.hosts[0].router;
+                router.on_tun(&bytes, world.now, &mut out);
+                router.on_udp(from, &bytes, world.now, &mut out);
+                router.on_relay(REGION, &key, &bytes, world.now, &mut out);
+            }
+        }
+    }
+}

@@ -1,0 +1,214 @@
+//! The node's one UDP socket, which WireGuard, disco and STUN share.
+
+use std::{
+    io::{self, IoSliceMut},
+    net::{Ipv4Addr, Ipv6Addr, SocketAddr},
+    sync::atomic::{AtomicBool, Ordering},
+};
+
+use quinn_udp::{BATCH_SIZE, RecvMeta, Transmit, UdpSocketState};
+use rustix::net::sockopt::{
+    Ipv4PathMtuDiscovery, Ipv6PathMtuDiscovery, set_ip_mtu_discover, set_ipv6_mtu_discover,
+};
+use socket2::{Domain, Protocol, Socket, Type};
+use tokio::{io::Interest, net::UdpSocket};
+use tracing::{debug, info};
+
+/// The most a UDP datagram, or a train of them, can hold.
+const DATAGRAM_MAX: usize = 65_535;
+/// A train the kernel takes without splitting hairs: IPv6 and UDP headers stay below 64 KiB.
+const TRAIN_MAX: usize = 65_535 - 40 - 8;
+
+/// A socket in the network namespace of the thread that opened it.
+pub struct Udp {
+    socket: UdpSocket,
+    state: UdpSocketState,
+    dual: bool,
+    /// Trains of datagrams failed once: send one by one.
+    single: AtomicBool,
+}
+
+/// Where received datagrams are put; shared by all nodes that a thread runs.
+pub struct Batch {
+    buffers: Vec<Vec<u8>>,
+    metas: [RecvMeta; BATCH_SIZE],
+    filled: usize,
+}
+
+impl Default for Batch {
+    fn default() -> Self {
+        Self {
+            buffers: vec![vec![0; DATAGRAM_MAX]; BATCH_SIZE],
+            metas: [RecvMeta::default(); BATCH_SIZE],
+            filled: 0,
+        }
+    }
+}
+
+impl Batch {
+    /// The datagrams received last, and where each came from.
+    pub fn datagrams(&self) -> impl Iterator<Item = (SocketAddr, &[u8])> {
+        self.metas[..self.filled]
+            .iter()
+            .zip(&self.buffers)
+            .flat_map(|(meta, buffer)| {
+                // The kernel may join datagrams of one sender: `stride` is the length of each.
+                buffer[..meta.len]
+                    .chunks(meta.stride.max(1))
+                    .map(|datagram| (meta.addr, datagram))
+            })
+    }
+}
+
+impl Udp {
+    /// Opens a socket on `port`, or on a free one where that is taken; for both families where the
+    /// kernel has IPv6.
+    pub fn open(port: u16) -> io::Result<Self> {
+        Self::bind(port).or_else(|error| {
+            info!(port, %error, "another UDP port must do");
+            Self::bind(0)
+        })
+    }
+
+    fn bind(port: u16) -> io::Result<Self> {
+        let dual = || {
+            let socket = Socket::new(Domain::IPV6, Type::DGRAM.nonblocking(), Some(Protocol::UDP))?;
+            socket.set_only_v6(false)?;
+            socket.bind(&SocketAddr::from((Ipv6Addr::UNSPECIFIED, port)).into())?;
+            Ok::<_, io::Error>(socket)
+        };
+        let (socket, dual) = match dual() {
+            Ok(socket) => (socket, true),
+            Err(error) if error.kind() == io::ErrorKind::AddrInUse => return Err(error),
+            Err(error) => {
+                info!(%error, "no IPv6 socket, so IPv4 alone");
+                let socket =
+                    Socket::new(Domain::IPV4, Type::DGRAM.nonblocking(), Some(Protocol::UDP))?;
+                socket.bind(&SocketAddr::from((Ipv4Addr::UNSPECIFIED, port)).into())?;
+                (socket, false)
+            }
+        };
+        let state = UdpSocketState::new((&socket).into())?;
+        allow_fragments(&socket, dual)?;
+        let socket = UdpSocket::from_std(socket.into())?;
+        Ok(Self {
+            socket,
+            state,
+            dual,
+            single: AtomicBool::new(false),
+        })
+    }
+
+    /// The port that peers should send to.
+    pub fn port(&self) -> io::Result<u16> {
+        Ok(self.socket.local_addr()?.port())
+    }
+
+    /// Resolves when there may be datagrams.
+    pub async fn readable(&self) -> io::Result<()> {
+        self.socket.readable().await
+    }
+
+    /// Receives what is there into `batch`; `WouldBlock` when there is nothing.
+    pub fn receive(&self, batch: &mut Batch) -> io::Result<()> {
+        batch.filled = 0;
+        let Batch {
+            buffers,
+            metas,
+            filled,
+        } = batch;
+        let mut buffers: Vec<_> = buffers
+            .iter_mut()
+            .map(|buffer| IoSliceMut::new(buffer))
+            .collect();
+        *filled = self.socket.try_io(Interest::READABLE, || {
+            self.state.recv((&self.socket).into(), &mut buffers, metas)
+        })?;
+        Ok(())
+    }
+
+    /// Sends `contents`, datagrams of `segment` bytes each (the last may be shorter), to one address.
+    ///
+    /// A full socket buffer drops, as a network does.
+    pub fn send(&self, to: SocketAddr, contents: &[u8], segment: usize) -> io::Result<()> {
+        let to = match to {
+            SocketAddr::V4(v4) if self.dual => {
+                SocketAddr::from((v4.ip().to_ipv6_mapped(), v4.port()))
+            }
+            SocketAddr::V6(_) if !self.dual => return Err(io::ErrorKind::AddrNotAvailable.into()),
+            other => other,
+        };
+        if contents.len() > segment && !self.single.load(Ordering::Relaxed) {
+            match self.transmit(to, contents, Some(segment)) {
+                // What a kernel or a card says that cannot split a train.
+                Err(error)
+                    if matches!(
+                        error.raw_os_error(),
+                        Some(libc::EIO | libc::EINVAL | libc::EMSGSIZE)
+                    ) =>
+                {
+                    if !self.single.swap(true, Ordering::Relaxed) {
+                        info!(%error, "UDP segmentation offload does not work here: sending one by one");
+                    }
+                }
+                result => return result,
+            }
+        }
+        for datagram in contents.chunks(segment.max(1)) {
+            self.transmit(to, datagram, None)?;
+        }
+        Ok(())
+    }
+
+    /// How many bytes of `segment` each one train may hold.
+    pub fn train(&self, segment: usize) -> usize {
+        if self.single.load(Ordering::Relaxed) {
+            return segment;
+        }
+        let segments = self
+            .state
+            .max_gso_segments()
+            .min(TRAIN_MAX / segment.max(1))
+            .max(1);
+        segments * segment
+    }
+
+    fn transmit(
+        &self,
+        destination: SocketAddr,
+        contents: &[u8],
+        segment_size: Option<usize>,
+    ) -> io::Result<()> {
+        let transmit = Transmit {
+            destination,
+            ecn: None,
+            contents,
+            segment_size,
+            src_ip: None,
+        };
+        let sent = self.socket.try_io(Interest::WRITABLE, || {
+            self.state.try_send((&self.socket).into(), &transmit)
+        });
+        match sent {
+            // Neither says anything of the address.
+            Err(error)
+                if error.kind() == io::ErrorKind::WouldBlock
+                    || error.raw_os_error() == Some(libc::ENOBUFS) =>
+            {
+                debug!(%destination, %error, "no room to send: dropped");
+                Ok(())
+            }
+            result => result,
+        }
+    }
+}
+
+/// quinn-udp forbids fragments, for QUIC finds the path's MTU itself. WireGuard does not: on a path
+/// too small for a full packet, fragments are better than silence. WANT is what any socket has.
+fn allow_fragments(socket: &Socket, dual: bool) -> io::Result<()> {
+    set_ip_mtu_discover(socket, Ipv4PathMtuDiscovery::WANT)?;
+    if dual {
+        set_ipv6_mtu_discover(socket, Ipv6PathMtuDiscovery::WANT)?;
+    }
+    Ok(())
+}

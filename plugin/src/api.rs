@@ -1,0 +1,469 @@
+//! What the engines' shims and the command line say to the daemon.
+//!
+//! One connection to a Unix stream socket is one request: a line of JSON, with a request to attach
+//! also the TUN device's descriptor (SCM_RIGHTS), and back a line of JSON. The socket is root's
+//! alone, by its mode and its directory's.
+
+use std::{
+    collections::BTreeMap,
+    env,
+    io::{self, IoSlice, IoSliceMut, Read, Write},
+    mem::MaybeUninit,
+    net::IpAddr,
+    os::{
+        fd::{BorrowedFd, OwnedFd},
+        unix::net::UnixStream,
+    },
+    path::{Path, PathBuf},
+    time::{Duration, Instant},
+};
+
+use ipnet::IpNet;
+use rustix::net::{
+    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketFlags, SocketType, recvmsg, sendmsg,
+    socket_with,
+};
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
+
+use crate::Error;
+
+/// The longest message, in bytes, its newline included.
+const MAX_MESSAGE: usize = 1 << 20;
+
+/// The name of the socket in the daemon's directory.
+pub const SOCKET_NAME: &str = "tailnoded.sock";
+
+/// Where the daemon is: `$TAILNODE_SOCKET`, else `/run/tailnode/tailnoded.sock`.
+pub fn socket_path() -> PathBuf {
+    env::var_os("TAILNODE_SOCKET").map_or_else(
+        || Path::new("/run/tailnode").join(SOCKET_NAME),
+        PathBuf::from,
+    )
+}
+
+/// What can be asked of the daemon.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "op", rename_all = "kebab-case")]
+pub enum Request {
+    /// Give the device of Podman's container, which comes along, a node. Answered with
+    /// [`Response::Attached`] when the node has its addresses. To ask again for the same device
+    /// is harmless; for another device, the earlier node is stopped first. A client that is gone
+    /// when the answer comes did not set the device up: its node is stopped.
+    Attach {
+        /// The engine's id of the container.
+        container_id: String,
+        /// Its name.
+        container_name: String,
+        /// The engine's id of the network.
+        network_id: String,
+        /// Its name.
+        network_name: String,
+        /// The network's options.
+        network_options: BTreeMap<String, String>,
+        /// Those of this container on it.
+        endpoint_options: BTreeMap<String, String>,
+    },
+    /// Stop the container's node on this network; harmless if it has none.
+    Detach {
+        /// As it was attached.
+        container_id: String,
+        /// As it was attached.
+        network_id: String,
+    },
+    /// All containers with a node.
+    Status,
+}
+
+/// The daemon's answer.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "result", content = "value", rename_all = "kebab-case")]
+pub enum Response {
+    /// The node is up: how to set up the container's device and resolver.
+    Attached {
+        /// The node's addresses, each a network of one.
+        addresses: Vec<IpNet>,
+        /// What is reached through the device.
+        routes: Vec<IpNet>,
+        /// The largest packet, in bytes.
+        mtu: u32,
+        /// The node's resolver.
+        dns_servers: Vec<IpAddr>,
+        /// Domains to complete short names with.
+        search_domains: Vec<String>,
+    },
+    /// Done.
+    Ok,
+    /// Every container with a node, by name.
+    Status(Vec<ContainerStatus>),
+    /// It was not done. [`call`] returns this as [`Error::Daemon`].
+    Error {
+        /// Why, and what to do.
+        message: String,
+    },
+}
+
+/// A container engine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Engine {
+    /// Podman, through netavark.
+    Podman,
+    /// Docker, through its plugin socket.
+    Docker,
+}
+
+impl std::fmt::Display for Engine {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Engine::Podman => "podman",
+            Engine::Docker => "docker",
+        })
+    }
+}
+
+/// A container's node on one network.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ContainerStatus {
+    /// The container's name.
+    pub container: String,
+    /// The engine's id of it.
+    pub container_id: String,
+    /// The engine.
+    pub engine: Engine,
+    /// The network's name.
+    pub network: String,
+    /// The device's name in the container; empty when the device is gone.
+    pub interface: String,
+    /// The node.
+    pub node: tailnode_node::Status,
+}
+
+/// Asks the daemon at `socket`, and waits for its answer for at most `timeout`. Blocks.
+pub fn call(
+    socket: &Path,
+    request: &Request,
+    device: Option<BorrowedFd>,
+    timeout: Duration,
+) -> Result<Response, Error> {
+    let unanswered = |cause: io::Error| Error::Unanswered {
+        socket: socket.to_owned(),
+        cause: match cause.kind() {
+            // What the kernel calls a timeout.
+            io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => {
+                io::Error::new(io::ErrorKind::TimedOut, format!("nothing for {timeout:?}"))
+            }
+            _ => cause,
+        },
+    };
+    let stream = connect(socket, timeout).map_err(|cause| match cause.kind() {
+        io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => Error::NotRunning {
+            socket: socket.to_owned(),
+        },
+        io::ErrorKind::PermissionDenied => Error::Denied {
+            socket: socket.to_owned(),
+        },
+        _ => unanswered(cause),
+    })?;
+    let deadline = Instant::now() + timeout;
+    send(&stream, request, device, deadline).map_err(unanswered)?;
+    let (response, _) = receive(&stream, deadline).map_err(unanswered)?;
+    match response {
+        Response::Error { message } => Err(Error::Daemon { message }),
+        response => Ok(response),
+    }
+}
+
+/// Connects, which waits while the daemon's queue of clients is full.
+fn connect(socket: &Path, timeout: Duration) -> io::Result<UnixStream> {
+    let address = SocketAddrUnix::new(socket)?;
+    let (family, kind) = (AddressFamily::UNIX, SocketType::STREAM);
+    let stream = UnixStream::from(socket_with(family, kind, SocketFlags::CLOEXEC, None)?);
+    stream.set_write_timeout(Some(timeout))?;
+    rustix::net::connect(&stream, &address)?;
+    Ok(stream)
+}
+
+/// Writes one message, and with its first byte the descriptor.
+pub(crate) fn send<T: Serialize>(
+    mut stream: &UnixStream,
+    message: &T,
+    device: Option<BorrowedFd>,
+    deadline: Instant,
+) -> io::Result<()> {
+    let mut line = serde_json::to_vec(message)?;
+    line.push(b'\n');
+    if line.len() > MAX_MESSAGE {
+        return Err(io::Error::new(
+            io::ErrorKind::InvalidData,
+            "the message is longer than 1 MiB",
+        ));
+    }
+    stream.set_write_timeout(Some(remaining(deadline)?))?;
+    let mut sent = 0;
+    if let Some(device) = device {
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut control = SendAncillaryBuffer::new(&mut space);
+        let devices = [device];
+        if !control.push(SendAncillaryMessage::ScmRights(&devices)) {
+            return Err(io::Error::other("no room for the descriptor"));
+        }
+        sent = sendmsg(
+            stream,
+            &[IoSlice::new(&line)],
+            &mut control,
+            SendFlags::NOSIGNAL,
+        )?;
+    }
+    stream.write_all(&line[sent..])
+}
+
+/// Reads one message and the descriptor that came with it.
+pub(crate) fn receive<T: DeserializeOwned>(
+    mut stream: &UnixStream,
+    deadline: Instant,
+) -> io::Result<(T, Option<OwnedFd>)> {
+    let invalid = |what: &str| io::Error::new(io::ErrorKind::InvalidData, what.to_owned());
+    let mut line = Vec::new();
+    let mut device = None;
+    let mut chunk = [0; 16 * 1024];
+    while line.last() != Some(&b'\n') {
+        stream.set_read_timeout(Some(remaining(deadline)?))?;
+        let read = if line.is_empty() {
+            // A descriptor comes with the first byte, or not at all.
+            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+            let mut control = RecvAncillaryBuffer::new(&mut space);
+            let got = recvmsg(
+                stream,
+                &mut [IoSliceMut::new(&mut chunk)],
+                &mut control,
+                RecvFlags::CMSG_CLOEXEC,
+            )?;
+            for message in control.drain() {
+                if let RecvAncillaryMessage::ScmRights(devices) = message {
+                    device = devices.last();
+                }
+            }
+            got.bytes
+        } else {
+            stream.read(&mut chunk)?
+        };
+        if read == 0 {
+            return Err(io::Error::new(
+                io::ErrorKind::UnexpectedEof,
+                "the connection was closed in the middle",
+            ));
+        }
+        line.extend_from_slice(&chunk[..read]);
+        if line.len() > MAX_MESSAGE {
+            return Err(invalid("the message is longer than 1 MiB"));
+        }
+    }
+    let message = serde_json::from_slice(&line)
+        .map_err(|error| invalid(&format!("the message is not of this version: {error}")))?;
+    Ok((message, device))
+}
+
+/// The time that is left, which is never zero: zero would mean no limit to the kernel.
+fn remaining(deadline: Instant) -> io::Result<Duration> {
+    match deadline.saturating_duration_since(Instant::now()) {
+        Duration::ZERO => Err(io::ErrorKind::TimedOut.into()),
+        left => Ok(left),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        fs::File,
+        io::{Seek, SeekFrom},
+        os::{fd::AsFd, unix::net::UnixListener},
+        thread,
+    };
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn soon() -> Instant {
+        Instant::now() + Duration::from_secs(10)
+    }
+
+    fn attach() -> Request {
+        Request::Attach {
+            container_id: "ae48c7267541".into(),
+            container_name: "c1".into(),
+            network_id: "7d2f".into(),
+            network_name: "tn1".into(),
+            network_options: [("tags".to_owned(), "tag:foo".to_owned())].into(),
+            endpoint_options: [("hostname".to_owned(), "zz".to_owned())].into(),
+        }
+    }
+
+    #[test]
+    fn the_words_on_the_socket() {
+        assert_eq!(
+            serde_json::to_value(attach()).unwrap(),
+            serde_json::json!({
+                "op": "attach", "container_id": "ae48c7267541", "container_name": "c1",
+                "network_id": "7d2f", "network_name": "tn1",
+                "network_options": {"tags": "tag:foo"}, "endpoint_options": {"hostname": "zz"},
+            })
+        );
+        assert_eq!(
+            serde_json::to_string(&Request::Status).unwrap(),
+            r#"{"op":"status"}"#
+        );
+        assert_eq!(
+            serde_json::to_string(&Response::Ok).unwrap(),
+            r#"{"result":"ok"}"#
+        );
+        let attached = Response::Attached {
+            addresses: vec!["100.64.0.1/32".parse().unwrap()],
+            routes: vec!["100.64.0.0/10".parse().unwrap()],
+            mtu: 1280,
+            dns_servers: vec!["100.100.100.100".parse().unwrap()],
+            search_domains: vec!["x.ts.net".into()],
+        };
+        assert_eq!(
+            serde_json::to_value(attached).unwrap(),
+            serde_json::json!({"result": "attached", "value": {
+                "addresses": ["100.64.0.1/32"], "routes": ["100.64.0.0/10"], "mtu": 1280,
+                "dns_servers": ["100.100.100.100"], "search_domains": ["x.ts.net"],
+            }})
+        );
+    }
+
+    #[test]
+    fn a_descriptor_arrives_with_its_request() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let mut file: File = tempfile::tempfile().unwrap();
+        file.write_all(b"the very file").unwrap();
+        send(&ours, &attach(), Some(file.as_fd()), soon()).unwrap();
+        let (request, device) = receive::<Request>(&theirs, soon()).unwrap();
+        assert_eq!(request, attach());
+        let mut arrived = File::from(device.unwrap());
+        arrived.seek(SeekFrom::Start(0)).unwrap();
+        let mut text = String::new();
+        arrived.read_to_string(&mut text).unwrap();
+        assert_eq!(text, "the very file");
+    }
+
+    #[test]
+    fn of_many_descriptors_none_is_left_open() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let (mut reader, writer) = io::pipe().unwrap();
+        let writers = [writer.as_fd(); 8];
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(8))];
+        let mut control = SendAncillaryBuffer::new(&mut space);
+        assert!(control.push(SendAncillaryMessage::ScmRights(&writers)));
+        let line = [IoSlice::new(b"{\"op\":\"status\"}\n")];
+        sendmsg(&ours, &line, &mut control, SendFlags::empty()).unwrap();
+        let (request, device) = receive::<Request>(&theirs, soon()).unwrap();
+        assert_eq!(request, Request::Status);
+        assert!(device.is_some());
+        drop((device, writer, ours, theirs));
+        // It ends when the last copy of its other end is closed.
+        assert_eq!(reader.read_to_end(&mut Vec::new()).unwrap(), 0);
+    }
+
+    #[test]
+    fn a_daemon_that_takes_no_connection_does_not_hold_up_a_start() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("s.sock");
+        let kind = (AddressFamily::UNIX, SocketType::STREAM);
+        let listener = socket_with(kind.0, kind.1, SocketFlags::CLOEXEC, None).unwrap();
+        rustix::net::bind(&listener, &SocketAddrUnix::new(&path).unwrap()).unwrap();
+        rustix::net::listen(&listener, 0).unwrap();
+        let _only_one_that_fits = UnixStream::connect(&path).unwrap();
+        let error = call(&path, &Request::Status, None, Duration::from_millis(50)).unwrap_err();
+        assert!(error.to_string().contains("nothing for 50ms"), "{error}");
+    }
+
+    #[test]
+    fn a_long_request_arrives_and_a_longer_one_does_not() {
+        let with = |length| Request::Detach {
+            container_id: "a".repeat(length),
+            network_id: String::new(),
+        };
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let writer = thread::spawn(move || send(&ours, &with(900_000), None, soon()));
+        assert_eq!(
+            receive::<Request>(&theirs, soon()).unwrap().0,
+            with(900_000)
+        );
+        writer.join().unwrap().unwrap();
+
+        let (mut ours, theirs) = UnixStream::pair().unwrap();
+        assert!(send(&ours, &with(MAX_MESSAGE), None, soon()).is_err());
+        let writer = thread::spawn(move || ours.write_all(&vec![b' '; MAX_MESSAGE + 1]));
+        let error = receive::<Request>(&theirs, soon()).unwrap_err();
+        assert!(error.to_string().contains("1 MiB"), "{error}");
+        drop(theirs);
+        // Whether all of it could be written depends on the size of the socket's buffer.
+        let _ = writer.join().unwrap();
+    }
+
+    #[test]
+    fn a_daemon_that_is_not_there_or_says_no_is_named() {
+        let directory = tempfile::tempdir().unwrap();
+        let socket = directory.path().join("s.sock");
+        let ask = || call(&socket, &Request::Status, None, Duration::from_secs(10));
+        let error = ask().unwrap_err().to_string();
+        assert!(
+            error.contains("systemctl start tailnoded") && error.contains("s.sock"),
+            "{error}"
+        );
+
+        let listener = UnixListener::bind(&socket).unwrap();
+        let daemon = thread::spawn(move || {
+            let (first, _) = listener.accept().unwrap();
+            receive::<Request>(&first, soon()).unwrap();
+            send(
+                &first,
+                &Response::Error {
+                    message: "no".into(),
+                },
+                None,
+                soon(),
+            )
+            .unwrap();
+            let (second, _) = listener.accept().unwrap();
+            receive::<Request>(&second, soon()).unwrap();
+        });
+        assert!(matches!(ask(), Err(Error::Daemon { message }) if message == "no"));
+        let error = ask().unwrap_err().to_string();
+        assert!(error.contains("did not answer"), "{error}");
+        daemon.join().unwrap();
+        let error = ask().unwrap_err();
+        assert!(matches!(error, Error::NotRunning { .. }), "{error}");
+    }
+
+    proptest! {
+        #[test]
+        fn no_bytes_break_the_reader(bytes: Vec<u8>) {
+            let (mut ours, theirs) = UnixStream::pair().unwrap();
+            ours.write_all(&bytes).unwrap();
+            drop(ours);
+            let _ = receive::<Request>(&theirs, soon());
+        }
+
+        #[test]
+        fn a_request_is_read_back_as_it_was_written(
+            ids in [".*", ".*", ".*", ".*"],
+            options in prop::collection::btree_map(".*", ".*", 0..5),
+        ) {
+            let [container_id, container_name, network_id, network_name] = ids;
+            let request = Request::Attach {
+                container_id, container_name, network_id, network_name,
+                network_options: options.clone(),
+                endpoint_options: options,
+            };
+            let (ours, theirs) = UnixStream::pair().unwrap();
+            send(&ours, &request, None, soon()).unwrap();
+            let (read, device) = receive::<Request>(&theirs, soon()).unwrap();
+            prop_assert_eq!(read, request);
+            prop_assert!(device.is_none());
+        }
+    }
+}

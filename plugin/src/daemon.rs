@@ -1,0 +1,509 @@
+//! The program: its sockets, its signals, and what its requests do.
+
+use std::{
+    fs::{self, DirBuilder, File, Permissions, TryLockError},
+    io,
+    os::{
+        fd::OwnedFd,
+        linux::net::SocketAddrExt,
+        unix::{
+            fs::{DirBuilderExt, PermissionsExt},
+            net::{SocketAddr, UnixDatagram},
+        },
+    },
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use tokio::{
+    net::{UnixListener, UnixStream},
+    signal::unix::{Signal, SignalKind, signal},
+};
+
+use crate::{
+    Error,
+    api::{self, Engine, Request, Response},
+    docker::Plugin,
+    endpoints::{Endpoints, Guest, Key, Ready, Tun},
+    interface::{self, blocking},
+    options::Options,
+    podman,
+};
+
+/// For an attach from beginning to end: with the engine's own work before and after, a start fails
+/// within ten seconds. netavark makes all other containers of the host wait meanwhile.
+const ATTACH: Duration = Duration::from_millis(8_000);
+
+/// For a client to send its request, and to take the answer.
+const TALK: Duration = Duration::from_secs(5);
+
+/// Gives every container its own node on a tailnet.
+#[derive(Clone, Debug, clap::Parser)]
+#[command(name = "tailnoded", version)]
+pub struct Settings {
+    /// Where the nodes' keys are kept.
+    #[arg(long, value_name = "DIRECTORY", default_value = "/var/lib/tailnode")]
+    pub state: PathBuf,
+    /// Where the socket of the shims and of `tailnode` is made.
+    #[arg(long, value_name = "DIRECTORY", default_value = "/run/tailnode")]
+    pub run_dir: PathBuf,
+    /// The host's options.
+    #[arg(long, value_name = "FILE", default_value = "/etc/tailnode/config.toml")]
+    pub config: PathBuf,
+    /// Where Docker looks for plugins' sockets.
+    #[arg(long, value_name = "DIRECTORY", default_value = "/run/docker/plugins")]
+    pub docker_plugin_dir: PathBuf,
+    /// Docker's API.
+    #[arg(long, value_name = "SOCKET", default_value = "/var/run/docker.sock")]
+    pub docker_socket: PathBuf,
+    /// Podman's state, where containers' labels are read.
+    #[arg(
+        long,
+        value_name = "FILE",
+        default_value = "/var/lib/containers/storage/db.sql"
+    )]
+    pub podman_db: PathBuf,
+}
+
+/// Runs the daemon until it gets SIGTERM or SIGINT; then all nodes are stopped.
+pub async fn run(settings: Settings) -> Result<(), Error> {
+    let defaults = Options::of_file(&settings.config)?;
+    private_directory(&settings.state)?;
+    let nodes = settings.state.join("nodes");
+    let _held = [hold(&nodes)?, hold(&settings.run_dir)?];
+    fs::create_dir_all(&settings.docker_plugin_dir).map_err(Error::file(
+        "make the directory",
+        &settings.docker_plugin_dir,
+    ))?;
+
+    // Before the sockets: whoever can ask us to stop must be heard.
+    let mut stop = Stop::new().map_err(Error::file("listen for signals in", "the daemon"))?;
+    let (shims_listener, shims_file) = listen(settings.run_dir.join(api::SOCKET_NAME)).await?;
+    let (docker_listener, docker_file) =
+        listen(settings.docker_plugin_dir.join("tailscale.sock")).await?;
+
+    let endpoints = Arc::new(Endpoints::new(nodes, defaults)?);
+    let plugin = Plugin::new(endpoints.clone(), settings.docker_socket);
+    let shims = Arc::new(Shims {
+        endpoints: endpoints.clone(),
+        podman_db: settings.podman_db,
+    });
+    tracing::info!(
+        version = env!("CARGO_PKG_VERSION"),
+        socket = %shims_file.0.display(),
+        docker = %docker_file.0.display(),
+        "ready"
+    );
+    notify("READY=1");
+
+    tokio::spawn(report_orphans(shims.clone(), plugin.clone()));
+    tokio::select! {
+        () = stop.wanted() => {}
+        () = shims.serve(shims_listener) => {}
+        result = async { axum::serve(docker_listener, plugin.router()).await } => {
+            result.map_err(Error::file("serve Docker at", &docker_file.0))?;
+        }
+    }
+    notify("STOPPING=1");
+    tracing::info!("stopping all nodes");
+    drop((shims_file, docker_file));
+    endpoints.close().await;
+    Ok(())
+}
+
+/// Logs which containers lost their nodes when an earlier daemon ended: the engines tell only of
+/// containers that start.
+async fn report_orphans(shims: Arc<Shims>, plugin: Arc<Plugin>) {
+    let database = shims.podman_db.clone();
+    for container in blocking(move || podman::running(&database)).await {
+        shims
+            .endpoints
+            .report_orphan(Engine::Podman, &container.id, &container.name);
+    }
+    plugin.report_orphans().await;
+}
+
+/// Serves the shims and the command line.
+struct Shims {
+    endpoints: Arc<Endpoints>,
+    podman_db: PathBuf,
+}
+
+impl Shims {
+    async fn serve(self: Arc<Self>, listener: UnixListener) {
+        loop {
+            match listener.accept().await {
+                Ok((stream, _)) => {
+                    let shims = self.clone();
+                    tokio::spawn(async move {
+                        // It left, or has nothing to say: that is its own business.
+                        if let Err(error) = shims.converse(stream).await {
+                            tracing::debug!("a client of the socket: {error}");
+                        }
+                    });
+                }
+                Err(error) => {
+                    // Out of descriptors, most likely: some may be free again soon.
+                    tracing::error!("cannot take a connection: {error}");
+                    tokio::time::sleep(Duration::from_millis(100)).await;
+                }
+            }
+        }
+    }
+
+    async fn converse(&self, stream: UnixStream) -> io::Result<()> {
+        let stream = stream.into_std()?;
+        stream.set_nonblocking(false)?;
+        let (stream, request) = blocking(move || {
+            let request = api::receive::<Request>(&stream, Instant::now() + TALK);
+            (stream, request)
+        })
+        .await;
+        let mut ready = None;
+        let response = match request {
+            Ok((request, device)) => self.answer(request, device, &mut ready).await,
+            Err(cause) if cause.kind() == io::ErrorKind::InvalidData => {
+                let error = Error::Message { cause };
+                tracing::warn!("{error}");
+                Err(error)
+            }
+            Err(cause) => return Err(cause),
+        };
+        let response = response.unwrap_or_else(|error| Response::Error {
+            message: error.to_string(),
+        });
+        let sent =
+            blocking(move || api::send(&stream, &response, None, Instant::now() + TALK)).await;
+        if let (Err(_), Some(ready)) = (&sent, ready) {
+            // Nobody sets the device up now.
+            self.endpoints.undo(ready).await;
+        }
+        sent
+    }
+
+    /// Does what is asked; a node that was made ready for it is also put into `ready`.
+    async fn answer(
+        &self,
+        request: Request,
+        device: Option<OwnedFd>,
+        ready: &mut Option<Ready>,
+    ) -> Result<Response, Error> {
+        match request {
+            Request::Attach {
+                container_id,
+                container_name,
+                network_id,
+                network_name,
+                network_options,
+                endpoint_options,
+            } => {
+                let deadline = tokio::time::Instant::now() + ATTACH;
+                let subject = format!("container {container_name} on network {network_name}");
+                let attach = async {
+                    let device = device.ok_or(Error::NoDevice)?;
+                    let of_container = Options::of_container(&endpoint_options)?;
+                    let of_network = Options::of_network(&network_options)?;
+                    let (database, id) = (self.podman_db.clone(), container_id.clone());
+                    let labels = blocking(move || podman::labels(&database, &id)).await;
+                    let guest = Guest {
+                        key: podman_key(container_id.clone(), network_id),
+                        container_id,
+                        container_name,
+                        network_name,
+                        address: None,
+                        options: of_container
+                            .over(Options::of_labels(&labels)?)
+                            .over(of_network),
+                    };
+                    let device = Tun::Given(device);
+                    self.endpoints.attach(guest, device, deadline).await
+                };
+                match attach.await {
+                    Ok(now) => Ok(attached(ready.insert(now))),
+                    Err(error) => {
+                        tracing::warn!("refused: {subject}: {error}");
+                        Err(error)
+                    }
+                }
+            }
+            Request::Detach {
+                container_id,
+                network_id,
+            } => {
+                let key = podman_key(container_id, network_id);
+                self.endpoints.detach(&key).await;
+                Ok(Response::Ok)
+            }
+            Request::Status => Ok(Response::Status(self.endpoints.status().await)),
+        }
+    }
+}
+
+fn podman_key(container_id: String, network_id: String) -> Key {
+    Key {
+        engine: Engine::Podman,
+        id: container_id,
+        network_id,
+    }
+}
+
+fn attached(ready: &Ready) -> Response {
+    Response::Attached {
+        addresses: ready.interface.addresses.clone(),
+        routes: ready.interface.routes.clone(),
+        mtu: ready.interface.mtu,
+        dns_servers: vec![interface::resolver(&ready.interface)],
+        search_domains: ready.search_domains.clone(),
+    }
+}
+
+/// Makes a socket that is root's alone; one that an earlier daemon left is replaced.
+async fn listen(path: PathBuf) -> Result<(UnixListener, SocketFile), Error> {
+    match UnixStream::connect(&path).await {
+        Err(cause) if cause.kind() == io::ErrorKind::NotFound => {}
+        Err(cause) if cause.kind() == io::ErrorKind::ConnectionRefused => {
+            fs::remove_file(&path).map_err(Error::file("remove the old socket", &path))?;
+        }
+        // Somebody with too many clients to take one more is there too.
+        Err(cause) if cause.kind() != io::ErrorKind::WouldBlock => {
+            return Err(Error::file("use the socket", &path)(cause));
+        }
+        _ => return Err(Error::AlreadyRunning { path }),
+    }
+    let listener = UnixListener::bind(&path).map_err(Error::file("make the socket", &path))?;
+    let file = SocketFile(path);
+    fs::set_permissions(&file.0, Permissions::from_mode(0o600))
+        .map_err(Error::file("set the mode of", &file.0))?;
+    Ok((listener, file))
+}
+
+/// A socket's file, removed when dropped.
+struct SocketFile(PathBuf);
+
+impl Drop for SocketFile {
+    fn drop(&mut self) {
+        if let Err(error) = fs::remove_file(&self.0)
+            && error.kind() != io::ErrorKind::NotFound
+        {
+            tracing::warn!("cannot remove {}: {error}", self.0.display());
+        }
+    }
+}
+
+/// The wish that the daemon stop.
+struct Stop {
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl Stop {
+    fn new() -> io::Result<Self> {
+        Ok(Stop {
+            terminate: signal(SignalKind::terminate())?,
+            interrupt: signal(SignalKind::interrupt())?,
+        })
+    }
+
+    async fn wanted(&mut self) {
+        tokio::select! {
+            _ = self.terminate.recv() => {}
+            _ = self.interrupt.recv() => {}
+        }
+    }
+}
+
+/// Makes a directory for root alone, whatever its mode was.
+fn private_directory(path: &Path) -> Result<(), Error> {
+    DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(path)
+        .map_err(Error::file("make the directory", path))?;
+    fs::set_permissions(path, Permissions::from_mode(0o700))
+        .map_err(Error::file("set the mode of", path))
+}
+
+/// Makes a directory for root alone, and for this daemon alone until the value is dropped.
+fn hold(path: &Path) -> Result<File, Error> {
+    private_directory(path)?;
+    let directory = File::open(path).map_err(Error::file("open the directory", path))?;
+    match directory.try_lock() {
+        Ok(()) => Ok(directory),
+        Err(TryLockError::WouldBlock) => Err(Error::AlreadyRunning { path: path.into() }),
+        Err(TryLockError::Error(cause)) => Err(Error::file("lock the directory", path)(cause)),
+    }
+}
+
+/// Tells systemd how we are (sd_notify(3)), where it asked to know.
+fn notify(state: &str) {
+    let Some(address) = std::env::var_os("NOTIFY_SOCKET") else {
+        return;
+    };
+    let tell = || {
+        let socket = UnixDatagram::unbound()?;
+        let address = match address.as_encoded_bytes() {
+            [b'@', name @ ..] => SocketAddr::from_abstract_name(name)?,
+            _ => SocketAddr::from_pathname(&address)?,
+        };
+        socket.send_to_addr(state.as_bytes(), &address)
+    };
+    if let Err(error) = tell() {
+        tracing::warn!("cannot tell systemd {state}: {error}");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{collections::BTreeMap, fs::File, os::fd::AsFd};
+
+    use super::*;
+
+    /// The shims' socket in a directory, and what was called on it.
+    async fn with_daemon<T: Send + 'static>(
+        clients: impl FnOnce(&dyn Fn(Request, Option<&File>) -> Result<Response, Error>) -> T
+        + Send
+        + 'static,
+    ) -> (tempfile::TempDir, T) {
+        let directory = tempfile::tempdir().unwrap();
+        let (listener, file) = listen(directory.path().join("s.sock")).await.unwrap();
+        let nodes = directory.path().join("nodes");
+        let endpoints = Arc::new(Endpoints::new(nodes, Options::default()).unwrap());
+        let podman_db = directory.path().join("db.sql");
+        let server = tokio::spawn(
+            Arc::new(Shims {
+                endpoints,
+                podman_db,
+            })
+            .serve(listener),
+        );
+        let socket = file.0.clone();
+        let result = blocking(move || {
+            clients(&|request, device| {
+                let device = device.map(File::as_fd);
+                api::call(&socket, &request, device, Duration::from_secs(20))
+            })
+        })
+        .await;
+        server.abort();
+        (directory, result)
+    }
+
+    fn options(key: &str, value: &str) -> BTreeMap<String, String> {
+        [(key.to_owned(), value.to_owned())].into()
+    }
+
+    fn attach(network_options: BTreeMap<String, String>) -> Request {
+        Request::Attach {
+            container_id: "ae48c7267541".into(),
+            container_name: "web".into(),
+            network_id: "7d2f".into(),
+            network_name: "tailnet".into(),
+            network_options,
+            endpoint_options: BTreeMap::new(),
+        }
+    }
+
+    #[tokio::test]
+    async fn strangers_are_detached() {
+        with_daemon(|call| {
+            let detach = Request::Detach {
+                container_id: "x".into(),
+                network_id: "y".into(),
+            };
+            assert_eq!(call(detach, None).unwrap(), Response::Ok);
+            assert_eq!(
+                call(Request::Status, None).unwrap(),
+                Response::Status(Vec::new())
+            );
+        })
+        .await;
+    }
+
+    #[tokio::test]
+    async fn an_attach_that_fails_leaves_nothing() {
+        let (directory, ()) = with_daemon(|call| {
+            let error = call(attach(BTreeMap::new()), None).unwrap_err().to_string();
+            assert!(error.contains("no TUN device"), "{error}");
+
+            let null = File::open("/dev/null").unwrap();
+            let unknown = attach(options("hostnmae", "web"));
+            let error = call(unknown, Some(&null)).unwrap_err().to_string();
+            assert!(error.ends_with("did you mean `hostname`?"), "{error}");
+
+            let key = options("auth-key", "file:/nonexistent/auth.key");
+            let error = call(attach(key), Some(&null)).unwrap_err().to_string();
+            assert!(error.contains("/nonexistent/auth.key"), "{error}");
+
+            let nowhere = options("login-server", "http://127.0.0.1:9");
+            let error = call(attach(nowhere), Some(&null)).unwrap_err().to_string();
+            assert!(error.contains("TUN device"), "{error}");
+            assert_eq!(
+                call(Request::Status, None).unwrap(),
+                Response::Status(Vec::new())
+            );
+        })
+        .await;
+        assert!(!directory.path().join("nodes/tailnet/web").exists());
+    }
+
+    #[tokio::test]
+    async fn who_speaks_another_language_is_told_so() {
+        let directory = tempfile::tempdir().unwrap();
+        let (listener, file) = listen(directory.path().join("s.sock")).await.unwrap();
+        let shims = Arc::new(Shims {
+            endpoints: Arc::new(Endpoints::new("/nonexistent".into(), Options::default()).unwrap()),
+            podman_db: "/nonexistent/db.sql".into(),
+        });
+        let server = tokio::spawn(shims.serve(listener));
+        let socket = file.0.clone();
+        blocking(move || {
+            // One that says nothing is in nobody's way.
+            let _silent = std::os::unix::net::UnixStream::connect(&socket).unwrap();
+            for words in ["{\"op\":\"dance\"}\n", "GET / HTTP/1.1\n"] {
+                let mut stream = std::os::unix::net::UnixStream::connect(&socket).unwrap();
+                io::Write::write_all(&mut stream, words.as_bytes()).unwrap();
+                let deadline = Instant::now() + Duration::from_secs(10);
+                let (answer, _) = api::receive::<Response>(&stream, deadline).unwrap();
+                let Response::Error { message } = answer else {
+                    panic!("{answer:?}");
+                };
+                assert!(message.contains("not of this version"), "{message}");
+            }
+        })
+        .await;
+        server.abort();
+    }
+
+    #[test]
+    fn a_directory_has_one_daemon() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("run");
+        let held = hold(&path).unwrap();
+        let mode = fs::metadata(&path).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o700);
+        let second = hold(&path).unwrap_err();
+        assert!(matches!(second, Error::AlreadyRunning { .. }), "{second}");
+        drop(held);
+        hold(&path).unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_socket_is_roots_alone_and_replaces_only_a_dead_one() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("s.sock");
+        let (listener, file) = listen(path.clone()).await.unwrap();
+        assert_eq!(
+            fs::metadata(&path).unwrap().permissions().mode() & 0o777,
+            0o600
+        );
+        let second = listen(path.clone()).await.err().unwrap();
+        assert!(matches!(second, Error::AlreadyRunning { .. }), "{second}");
+        drop(listener);
+        // As after a crash: the file is there, and nobody behind it.
+        let (_listener, again) = listen(path.clone()).await.unwrap();
+        std::mem::forget(file);
+        drop(again);
+        assert!(!path.exists());
+    }
+}

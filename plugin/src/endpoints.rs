@@ -1,0 +1,733 @@
+//! Which container has which node on which network.
+
+use std::{
+    collections::{HashMap, HashSet},
+    fs, mem,
+    net::IpAddr,
+    os::fd::{AsFd, OwnedFd},
+    path::PathBuf,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use ipnet::IpNet;
+use tailnode_node::{Login, Node, Segment, Zone};
+use tailnode_tun::{Interface, Netns};
+use tokio::{
+    task::{AbortHandle, JoinSet},
+    time::Instant,
+};
+use url::Url;
+
+use crate::{
+    Error,
+    api::{ContainerStatus, Engine},
+    identities::{Identities, Identity},
+    interface::{self, Device, blocking},
+    options::{self, Options},
+};
+
+/// How long a detach is waited for. A node that cannot reach its control server to log out goes on
+/// trying after that, and the engine does not wait.
+const DETACH: Duration = Duration::from_secs(3);
+
+/// After a control server did not let a node join in time, for how long other new nodes wait for it
+/// only [`SILENT_PATIENCE`]: while Podman's plugin waits, no other container of the host starts.
+const SILENT: Duration = Duration::from_secs(30);
+/// Longer than a server that is well takes.
+const SILENT_PATIENCE: Duration = Duration::from_secs(2);
+
+/// The suffix of names on Podman's bridges (containers-common: defaultDNSDomain).
+const PODMAN_NAMES: &str = "dns.podman";
+
+/// A container's place on a network.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct Key {
+    pub(crate) engine: Engine,
+    /// The container's id with Podman, the endpoint's with Docker.
+    pub(crate) id: String,
+    pub(crate) network_id: String,
+}
+
+/// A container that wants a node.
+pub(crate) struct Guest {
+    pub(crate) key: Key,
+    pub(crate) container_id: String,
+    pub(crate) container_name: String,
+    pub(crate) network_name: String,
+    /// The address that the engine itself has chosen for it, on a network of this host alone.
+    pub(crate) address: Option<IpNet>,
+    /// All that is set for it except by the host's configuration.
+    pub(crate) options: Options,
+}
+
+/// The device that its node serves.
+pub(crate) enum Tun {
+    /// In the container already.
+    Given(OwnedFd),
+    /// To be made here under this name; the engine moves it.
+    Make(String),
+}
+
+/// A node that is ready.
+pub(crate) struct Ready {
+    /// How the device is to be set up.
+    pub(crate) interface: Interface,
+    pub(crate) search_domains: Vec<String>,
+    endpoint: Arc<Endpoint>,
+}
+
+/// The nodes of all the host's containers.
+pub(crate) struct Endpoints {
+    defaults: Options,
+    identities: Identities,
+    host: (u64, u64),
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    endpoints: HashMap<Key, Arc<Endpoint>>,
+    /// While endpoints are being attached.
+    turns: HashMap<Key, Turn>,
+    /// By the engine's id of the network: what its containers share on this host.
+    segments: HashMap<String, Segment>,
+    /// Control servers that did not let a node join in time, and when.
+    silent: HashMap<Url, Instant>,
+    /// Set when the daemon stops.
+    closed: bool,
+}
+
+impl State {
+    /// How long to wait for a control server.
+    fn patience(&mut self, server: &Url, now: Instant, deadline: Instant) -> Duration {
+        self.silent.retain(|_, since| now < *since + SILENT);
+        let left = deadline.saturating_duration_since(now);
+        if self.silent.contains_key(server) {
+            left.min(SILENT_PATIENCE)
+        } else {
+            left
+        }
+    }
+
+    /// Remembers how waiting for a control server ended.
+    fn heard(&mut self, server: &Url, error: Option<&tailnode_node::Error>, now: Instant) {
+        match error {
+            None => {
+                self.silent.remove(server);
+            }
+            // Not anew after a short wait, or a slow server would never be waited for again.
+            Some(tailnode_node::Error::Unreachable { .. }) => {
+                self.silent.entry(server.clone()).or_insert(now);
+            }
+            Some(_) => {}
+        }
+    }
+}
+
+/// What the attaches of one key that are under way share.
+#[derive(Default)]
+struct Turn {
+    /// Held by one after the other.
+    lock: Arc<tokio::sync::Mutex<()>>,
+    /// How often the key was detached meanwhile: who began before that must not go on.
+    detached: u32,
+}
+
+impl State {
+    /// Whether an attach that began at `turn` may still put its endpoint in place.
+    fn wants(&self, key: &Key, turn: u32) -> bool {
+        let wanted = |now: &Turn| now.detached == turn;
+        !self.closed && self.turns.get(key).is_some_and(wanted)
+    }
+
+    /// Whether this very endpoint is the one in its place.
+    fn has(&self, endpoint: &Arc<Endpoint>) -> bool {
+        self.endpoints
+            .get(&endpoint.guest.key)
+            .is_some_and(|here| Arc::ptr_eq(here, endpoint))
+    }
+}
+
+struct Endpoint {
+    guest: Guest,
+    node: Node,
+    login_server: Url,
+    ephemeral: bool,
+    held: Mutex<Held>,
+}
+
+/// What an endpoint lets go of when it ends.
+#[derive(Default)]
+struct Held {
+    /// A second descriptor of the node's device, to find where it is.
+    tun: Option<Arc<OwnedFd>>,
+    identity: Option<Identity>,
+    keeper: Option<AbortHandle>,
+    /// Whether it is in its network's segment.
+    joined: bool,
+}
+
+impl Endpoints {
+    /// None yet. They will keep their state below `directory`; `defaults` is what the host's
+    /// configuration sets.
+    pub(crate) fn new(directory: PathBuf, defaults: Options) -> Result<Self, Error> {
+        Ok(Endpoints {
+            defaults,
+            identities: Identities::new(directory),
+            host: Netns::current()?.id(),
+            state: Mutex::default(),
+        })
+    }
+
+    /// Gives a container its node, and waits until `deadline` for its addresses. When this fails,
+    /// nothing of it stays behind.
+    pub(crate) async fn attach(
+        self: &Arc<Self>,
+        guest: Guest,
+        tun: Tun,
+        deadline: Instant,
+    ) -> Result<Ready, Error> {
+        let key = guest.key.clone();
+        let (lock, turn) = {
+            let mut state = self.state();
+            let turn = state.turns.entry(key.clone()).or_default();
+            (turn.lock.clone(), turn.detached)
+        };
+        let result = match tokio::time::timeout_at(deadline, lock.lock()).await {
+            Ok(_held) => self.attach_in_turn(guest, tun, turn, deadline).await,
+            Err(_) => Err(Error::StillStopping {
+                hostname: guest.container_name,
+            }),
+        };
+        // The map has one, we have one: nobody else waits for a turn.
+        let mut state = self.state();
+        if Arc::strong_count(&lock) == 2 {
+            state.turns.remove(&key);
+        }
+        result
+    }
+
+    async fn attach_in_turn(
+        self: &Arc<Self>,
+        guest: Guest,
+        tun: Tun,
+        turn: u32,
+        deadline: Instant,
+    ) -> Result<Ready, Error> {
+        let present = self.state().endpoints.get(&guest.key).cloned();
+        let endpoint = match present {
+            Some(endpoint) if endpoint.serves(&tun).await => endpoint,
+            present => {
+                if let Some(old) = present {
+                    self.end_within(old, false, deadline).await;
+                }
+                self.start(guest, tun, turn, deadline).await?
+            }
+        };
+        match self.make_ready(&endpoint, deadline).await {
+            Ok(ready) => Ok(ready),
+            Err(error) => {
+                // In the background: the time is up, and a logout may take some.
+                let all = self.clone();
+                tokio::spawn(async move { all.end(endpoint, true).await });
+                Err(error)
+            }
+        }
+    }
+
+    async fn start(
+        self: &Arc<Self>,
+        guest: Guest,
+        tun: Tun,
+        turn: u32,
+        deadline: Instant,
+    ) -> Result<Arc<Endpoint>, Error> {
+        let options = guest.options.clone().over(self.defaults.clone());
+        let login_server = options.login_server()?;
+        let auth_key = options.read_auth_key()?;
+        let ephemeral = options.ephemeral.unwrap_or(false);
+        let hostname = options
+            .hostname
+            .or_else(|| options::dns_label(&guest.container_name))
+            .or_else(|| options::dns_label(guest.container_id.get(..12)?))
+            .unwrap_or_else(|| "container".into());
+        let identity = self
+            .identities
+            .take(&guest.network_name, &hostname, deadline)
+            .await?;
+        if !self.state().wants(&guest.key, turn) {
+            return Err(Error::Detached);
+        }
+
+        let tun = match tun {
+            Tun::Given(tun) => tun,
+            Tun::Make(name) => blocking(move || tailnode_tun::create(&name)).await?,
+        };
+        let copy = tun
+            .try_clone()
+            .map_err(Error::file("copy the descriptor of", "/dev/net/tun"))?;
+        tracing::info!(
+            engine = %guest.key.engine,
+            container = guest.container_name,
+            network = guest.network_name,
+            hostname = identity.hostname,
+            %login_server,
+            ephemeral,
+            "starting a node"
+        );
+        // Podman writes the resolvers of all the container's networks into its resolv.conf; those of
+        // its bridges know the containers there.
+        let names_elsewhere = match guest.key.engine {
+            Engine::Podman => vec![PODMAN_NAMES.to_owned()],
+            Engine::Docker => Vec::new(),
+        };
+        let started = Node::start(tailnode_node::Config {
+            state_dir: identity.directory.clone(),
+            login_server: login_server.clone(),
+            auth_key,
+            hostname: identity.hostname.clone(),
+            tags: options.tags.unwrap_or_default(),
+            ephemeral,
+            names_elsewhere,
+            tun,
+        })
+        .await;
+        let node = match started {
+            Ok(node) => node,
+            Err(error) => {
+                if identity.fresh {
+                    forget(identity).await;
+                }
+                return Err(error.into());
+            }
+        };
+        let endpoint = Arc::new(Endpoint {
+            guest,
+            node,
+            login_server,
+            ephemeral,
+            held: Mutex::new(Held {
+                tun: Some(Arc::new(copy)),
+                identity: Some(identity),
+                ..Held::default()
+            }),
+        });
+        let wanted = {
+            let mut state = self.state();
+            let key = &endpoint.guest.key;
+            let wanted = state.wants(key, turn);
+            if wanted {
+                state.endpoints.insert(key.clone(), endpoint.clone());
+            }
+            wanted
+        };
+        if !wanted {
+            endpoint.stop(true).await;
+            return Err(Error::Detached);
+        }
+        let (all, watched) = (self.clone(), endpoint.clone());
+        tokio::spawn(async move {
+            watched.node.gone().await;
+            all.end(watched, false).await;
+        });
+        Ok(endpoint)
+    }
+
+    async fn make_ready(
+        self: &Arc<Self>,
+        endpoint: &Arc<Endpoint>,
+        deadline: Instant,
+    ) -> Result<Ready, Error> {
+        let patience = self
+            .state()
+            .patience(&endpoint.login_server, Instant::now(), deadline);
+        let ready = endpoint.node.ready(patience).await;
+        let guest = &endpoint.guest;
+        let segment = {
+            let mut state = self.state();
+            state.heard(&endpoint.login_server, ready.as_ref().err(), Instant::now());
+            if !state.has(endpoint) {
+                return Err(Error::Detached);
+            }
+            let network_id = guest.key.network_id.clone();
+            state.segments.entry(network_id).or_default().clone()
+        };
+        let identity = ready?;
+        self.introduce(guest.key.engine, &guest.container_id).await;
+        if let Some(address) = guest.address
+            && !mem::replace(&mut endpoint.held().joined, true)
+        {
+            endpoint.node.join(segment, address).await;
+        }
+        self.clone().keep(endpoint, identity.addresses.clone());
+        Ok(Ready {
+            interface: self.wanted(endpoint, &identity.addresses, endpoint.index().unwrap_or(0)),
+            search_domains: identity.search_domains,
+            endpoint: endpoint.clone(),
+        })
+    }
+
+    /// Starts the task that keeps the endpoint's device set up, unless it runs.
+    fn keep(self: Arc<Self>, endpoint: &Arc<Endpoint>, addresses: Vec<IpAddr>) {
+        let mut held = endpoint.held();
+        let Some(tun) = held.tun.clone() else {
+            return;
+        };
+        if held.keeper.is_some() {
+            return;
+        }
+        let device = Device {
+            tun,
+            engine: endpoint.guest.key.engine,
+            host: self.host,
+        };
+        let peers = endpoint.node.routes();
+        let kept = endpoint.clone();
+        let keeper = tokio::spawn(async move {
+            let result = device
+                .keep(peers, |index| self.wanted(&kept, &addresses, index))
+                .await;
+            let (container, network) = (&kept.guest.container_name, &kept.guest.network_name);
+            match result {
+                Ok(()) => {}
+                // The container ended first.
+                Err(Error::Tun(error @ tailnode_tun::Error::Gone { .. })) => {
+                    tracing::debug!(container, network, "{error}");
+                }
+                Err(error) => tracing::error!(
+                    container,
+                    network,
+                    "cannot set up the container's device: {error}"
+                ),
+            }
+        });
+        held.keeper = Some(keeper.abort_handle());
+    }
+
+    fn wanted(&self, endpoint: &Arc<Endpoint>, addresses: &[IpAddr], index: u32) -> Interface {
+        let guest = &endpoint.guest;
+        let before: Vec<Arc<Endpoint>> = self
+            .of_container(guest.key.engine, &guest.container_id)
+            .into_iter()
+            .filter(|other| index > 0 && other.index().is_some_and(|other| other < index))
+            .collect();
+        let taken: HashSet<_> = before
+            .iter()
+            .flat_map(|other| other.node.routes().borrow().clone())
+            .collect();
+        let peers = endpoint.node.routes().borrow().clone();
+        let trap_dns = guest.key.engine == Engine::Docker;
+        interface::wanted(addresses, guest.address, index, &peers, &taken, trap_dns)
+    }
+
+    /// Leaves the endpoint's device alone from now on: Docker is about to take it out of the
+    /// container. When the container joins again, the device is kept again.
+    pub(crate) fn release_device(&self, key: &Key) {
+        let endpoint = self.state().endpoints.get(key).cloned();
+        if let Some(endpoint) = endpoint
+            && let Some(keeper) = endpoint.held().keeper.take()
+        {
+            keeper.abort();
+        }
+    }
+
+    /// Stops the node of an endpoint, if there is one, also one that is only starting.
+    pub(crate) async fn detach(self: &Arc<Self>, key: &Key) {
+        let endpoint = {
+            let mut state = self.state();
+            if let Some(turn) = state.turns.get_mut(key) {
+                turn.detached += 1;
+            }
+            state.endpoints.get(key).cloned()
+        };
+        if let Some(endpoint) = endpoint {
+            self.end_within(endpoint, false, Instant::now() + DETACH)
+                .await;
+        }
+    }
+
+    /// Stops a node whose container never learned of it.
+    pub(crate) async fn undo(self: &Arc<Self>, ready: Ready) {
+        self.end_within(ready.endpoint, true, Instant::now() + DETACH)
+            .await;
+    }
+
+    /// Stops all nodes, for good.
+    pub(crate) async fn close(self: &Arc<Self>) {
+        let endpoints: Vec<_> = {
+            let mut state = self.state();
+            state.closed = true;
+            state.endpoints.values().cloned().collect()
+        };
+        let mut ends = JoinSet::new();
+        for endpoint in endpoints {
+            let all = self.clone();
+            ends.spawn(async move { all.end(endpoint, false).await });
+        }
+        ends.join_all().await;
+    }
+
+    /// All of them, by container and network.
+    pub(crate) async fn status(&self) -> Vec<ContainerStatus> {
+        let endpoints: Vec<_> = self.state().endpoints.values().cloned().collect();
+        let mut list = Vec::new();
+        for endpoint in endpoints {
+            let node = endpoint.node.status().await;
+            if !self.state().has(&endpoint) {
+                // It ended while we asked.
+                continue;
+            }
+            let guest = &endpoint.guest;
+            list.push(ContainerStatus {
+                container: guest.container_name.clone(),
+                container_id: guest.container_id.clone(),
+                engine: guest.key.engine,
+                network: guest.network_name.clone(),
+                interface: endpoint.device_name().unwrap_or_default(),
+                node,
+            });
+        }
+        list.sort_by(|a, b| {
+            (&a.container, a.engine, &a.network).cmp(&(&b.container, b.engine, &b.network))
+        });
+        list
+    }
+
+    /// Logs what to do for a running container that should have a node, if it has none.
+    pub(crate) fn report_orphan(&self, engine: Engine, container_id: &str, name: &str) {
+        if self.of_container(engine, container_id).is_empty() {
+            tracing::warn!(
+                "container {name} runs since before tailnoded started and has no tailnet until it \
+                 is restarted: `{engine} restart {name}`"
+            );
+        }
+    }
+
+    async fn end_within(
+        self: &Arc<Self>,
+        endpoint: Arc<Endpoint>,
+        failed: bool,
+        deadline: Instant,
+    ) {
+        let all = self.clone();
+        let name = endpoint.guest.container_name.clone();
+        // A task of its own, which goes on when we stop waiting.
+        let end = tokio::spawn(async move { all.end(endpoint, failed).await });
+        match tokio::time::timeout_at(deadline, end).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => {
+                tracing::error!(container = name, "stopping the node failed: {error}")
+            }
+            Err(_) => tracing::warn!(container = name, "the node takes its time to log out"),
+        }
+    }
+
+    /// Takes an endpoint out and stops its node. Of several calls, one does it.
+    async fn end(&self, endpoint: Arc<Endpoint>, failed: bool) {
+        let guest = &endpoint.guest;
+        {
+            let mut state = self.state();
+            if state.has(&endpoint) {
+                state.endpoints.remove(&guest.key);
+            }
+            let network_id = &guest.key.network_id;
+            if !state
+                .endpoints
+                .keys()
+                .any(|key| key.network_id == *network_id)
+            {
+                state.segments.remove(network_id);
+            }
+        }
+        endpoint.stop(failed).await;
+        self.introduce(guest.key.engine, &guest.container_id).await;
+    }
+
+    /// Tells the nodes of one container of each other: each answers the others' names too.
+    async fn introduce(&self, engine: Engine, container_id: &str) {
+        let mut endpoints = self.of_container(engine, container_id);
+        endpoints.sort_by_key(|endpoint| endpoint.index());
+        for endpoint in &endpoints {
+            let others: Vec<Zone> = endpoints
+                .iter()
+                .filter(|other| !Arc::ptr_eq(other, endpoint))
+                .map(|other| other.node.zone())
+                .collect();
+            endpoint.node.set_siblings(others).await;
+        }
+    }
+
+    fn of_container(&self, engine: Engine, container_id: &str) -> Vec<Arc<Endpoint>> {
+        self.state()
+            .endpoints
+            .values()
+            .filter(|endpoint| {
+                endpoint.guest.key.engine == engine && endpoint.guest.container_id == container_id
+            })
+            .cloned()
+            .collect()
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        lock(&self.state)
+    }
+}
+
+impl Endpoint {
+    /// Whether the node lives and serves this very device.
+    async fn serves(&self, tun: &Tun) -> bool {
+        if self.held().identity.is_none() {
+            return false;
+        }
+        let Some(own) = self.held().tun.clone() else {
+            return false;
+        };
+        let Tun::Given(given) = tun else {
+            return tailnode_tun::device_name(own.as_fd()).is_ok();
+        };
+        let Ok(given) = given.try_clone() else {
+            return false;
+        };
+        blocking(move || {
+            // Two live devices are in different namespaces or have different names.
+            let place = |tun: &OwnedFd| {
+                let netns = Netns::of_device(tun.as_fd()).ok()?.id();
+                Some((netns, tailnode_tun::device_name(tun.as_fd()).ok()?))
+            };
+            place(&own).is_some_and(|own| place(&given) == Some(own))
+        })
+        .await
+    }
+
+    fn device_name(&self) -> Option<String> {
+        let tun = self.held().tun.clone()?;
+        tailnode_tun::device_name(tun.as_fd()).ok()
+    }
+
+    fn index(&self) -> Option<u32> {
+        interface::index_of(&self.device_name()?)
+    }
+
+    /// Stops the node, and forgets it where nobody will want it again.
+    async fn stop(&self, failed: bool) {
+        let Held {
+            tun,
+            identity,
+            keeper,
+            joined: _,
+        } = mem::take(&mut *self.held());
+        if let Some(keeper) = keeper {
+            keeper.abort();
+        }
+        drop(tun);
+        let Some(identity) = identity else {
+            return;
+        };
+        identity.ending();
+        let login = self.node.status().await.login;
+        // A person may be on the way to the login page or the admin console: the keys must be the
+        // same when the container starts again.
+        let awaited = matches!(login, Login::NeedsLogin { .. } | Login::NeedsApproval);
+        let useless = failed && identity.fresh && !awaited;
+        let forgotten = self.ephemeral || useless;
+        self.node.stop(forgotten).await;
+        tracing::info!(
+            container = self.guest.container_name,
+            network = self.guest.network_name,
+            hostname = identity.hostname,
+            forgotten,
+            "stopped a node"
+        );
+        if forgotten {
+            forget(identity).await;
+        }
+    }
+
+    fn held(&self) -> MutexGuard<'_, Held> {
+        lock(&self.held)
+    }
+}
+
+/// Removes the state of an identity that is not going to be used again.
+async fn forget(identity: Identity) {
+    let directory = identity.directory.clone();
+    let removed = blocking(move || fs::remove_dir_all(directory)).await;
+    if let Err(error) = removed
+        && error.kind() != std::io::ErrorKind::NotFound
+    {
+        tracing::warn!("cannot remove {}: {error}", identity.directory.display());
+    }
+}
+
+/// Nothing is left half-changed under these locks, so a panic elsewhere does no harm.
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_container_that_is_detached_while_it_waits_gets_no_node() {
+        let directory = tempfile::tempdir().unwrap();
+        let all = Endpoints::new(directory.path().to_owned(), Options::default()).unwrap();
+        let all = Arc::new(all);
+        let soon = Instant::now() + Duration::from_secs(60);
+        let before = all.identities.take("tailnet", "web", soon).await.unwrap();
+        before.ending();
+        let key = Key {
+            engine: Engine::Podman,
+            id: "ae48c7267541".into(),
+            network_id: "7d2f".into(),
+        };
+        let guest = Guest {
+            key: key.clone(),
+            container_id: key.id.clone(),
+            container_name: "web".into(),
+            network_name: "tailnet".into(),
+            address: None,
+            options: Options::default(),
+        };
+        let null = File::open("/dev/null").unwrap();
+        let attach = all.attach(guest, Tun::Given(null.into()), soon);
+        let (attached, ()) = tokio::join!(attach, async {
+            all.detach(&key).await;
+            drop(before);
+        });
+        let error = attached.err().unwrap();
+        assert!(matches!(error, Error::Detached), "{error}");
+        assert!(all.state().turns.is_empty() && all.state().endpoints.is_empty());
+    }
+
+    #[test]
+    fn a_silent_control_server_is_waited_for_once_in_a_while() {
+        let mut state = State::default();
+        let (silent, other): (Url, Url) = (
+            "https://silent.example".parse().unwrap(),
+            "https://other.example".parse().unwrap(),
+        );
+        let unreachable = tailnode_node::Error::Unreachable {
+            server: silent.clone(),
+            seconds: 8,
+            reason: "it does not answer".into(),
+        };
+        let long = Duration::from_secs(8);
+        let now = Instant::now();
+        assert_eq!(state.patience(&silent, now, now + long), long);
+        state.heard(&silent, Some(&unreachable), now);
+        assert_eq!(state.patience(&silent, now, now + long), SILENT_PATIENCE);
+        assert_eq!(state.patience(&other, now, now + long), long);
+        // Failing soon again does not put off the next long wait.
+        let later = now + SILENT - Duration::from_secs(1);
+        state.heard(&silent, Some(&unreachable), later);
+        let later = now + SILENT;
+        assert_eq!(state.patience(&silent, later, later + long), long);
+        state.heard(&silent, Some(&unreachable), later);
+        state.heard(&silent, None, later);
+        assert_eq!(state.patience(&silent, later, later + long), long);
+    }
+}

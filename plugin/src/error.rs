@@ -1,0 +1,183 @@
+use std::{io, path::PathBuf};
+
+/// Why something could not be done, in words for the person at the prompt.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// Nobody listens on the daemon's socket.
+    #[error(
+        "tailnoded is not running (no answer at {}): start it with `systemctl start tailnoded`",
+        socket.display()
+    )]
+    NotRunning {
+        /// The daemon's socket.
+        socket: PathBuf,
+    },
+
+    /// The socket is there for root only.
+    #[error("not allowed to talk to tailnoded at {}: run this as root", socket.display())]
+    Denied {
+        /// The daemon's socket.
+        socket: PathBuf,
+    },
+
+    /// The daemon took the connection, but no answer came.
+    #[error(
+        "tailnoded at {} did not answer: {cause}; its log says more: `journalctl -u tailnoded`",
+        socket.display()
+    )]
+    Unanswered {
+        /// The daemon's socket.
+        socket: PathBuf,
+        /// What happened instead.
+        cause: io::Error,
+    },
+
+    /// The daemon answered with an error; these are its words.
+    #[error("{message}")]
+    Daemon {
+        /// What the daemon said.
+        message: String,
+    },
+
+    /// A message that is too long, is not JSON or is not one of ours.
+    #[error("cannot read a message on the socket of tailnoded: {cause}")]
+    Message {
+        /// What is wrong with it.
+        cause: io::Error,
+    },
+
+    /// An option that does not exist.
+    #[error("unknown option `{key}` {place}: {advice}")]
+    UnknownOption {
+        /// What was given.
+        key: String,
+        /// Where it was given.
+        place: &'static str,
+        /// The nearest one, or all there are.
+        advice: String,
+    },
+
+    /// An option in a place where it is not taken.
+    #[error("`{key}` cannot be set {place}: {advice}")]
+    MisplacedOption {
+        /// The option.
+        key: &'static str,
+        /// Where it was given.
+        place: &'static str,
+        /// Where it can be set.
+        advice: &'static str,
+    },
+
+    /// An option with a value that makes no sense. Never holds the value of a secret.
+    #[error("`{key}` {place}: {reason}")]
+    BadOption {
+        /// The option.
+        key: &'static str,
+        /// Where it was given.
+        place: &'static str,
+        /// What is wrong, and what is right.
+        reason: String,
+    },
+
+    /// The configuration file is no TOML, or holds something other than options.
+    #[error("{}: {reason}", path.display())]
+    Config {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
+
+    /// A file or directory could not be used.
+    #[error("cannot {doing} {}: {cause}", path.display())]
+    File {
+        /// What was tried, as a verb.
+        doing: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// What the kernel said.
+        cause: io::Error,
+    },
+
+    /// The file with the auth key cannot be read.
+    #[error(
+        "cannot read the auth key in {}: {cause}; put one there with \
+         `install -m 600 /dev/stdin {}`", path.display(), path.display()
+    )]
+    AuthKey {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        cause: io::Error,
+    },
+
+    /// A second daemon.
+    #[error("another tailnoded is running, or still ending: it has {}", path.display())]
+    AlreadyRunning {
+        /// The socket or the directory that it has.
+        path: PathBuf,
+    },
+
+    /// A shim's request came without the device.
+    #[error(
+        "the attach request brought no TUN device: shim and tailnoded are of different versions?"
+    )]
+    NoDevice,
+
+    /// The container that last had the identity is still being taken down.
+    #[error(
+        "the node `{hostname}` of an earlier container is still stopping: try again in a few seconds"
+    )]
+    StillStopping {
+        /// The node's hostname.
+        hostname: String,
+    },
+
+    /// Taken down before it was ready.
+    #[error("the container was detached, or tailnoded stopped, while its node was starting")]
+    Detached,
+
+    /// The node could not start or did not get ready.
+    #[error(transparent)]
+    Node(#[from] tailnode_node::Error),
+
+    /// The container's device could not be made or set up.
+    #[error(transparent)]
+    Tun(#[from] tailnode_tun::Error),
+
+    /// Docker could not be asked.
+    #[error("cannot ask Docker at {} which container this is: {reason}", socket.display())]
+    Docker {
+        /// Docker's API socket.
+        socket: PathBuf,
+        /// What happened.
+        reason: String,
+    },
+
+    /// An endpoint that Docker has not told of.
+    #[error(
+        "Docker's endpoint {endpoint} is not known here (was tailnoded restarted?): start the \
+         container again"
+    )]
+    UnknownEndpoint {
+        /// Docker's id of it.
+        endpoint: String,
+    },
+
+    /// A request that is none of a network driver's, or of one that can do more.
+    #[error("this network driver has no method {method}")]
+    NoMethod {
+        /// The request's path.
+        method: String,
+    },
+}
+
+impl Error {
+    pub(crate) fn file(
+        doing: &'static str,
+        path: impl Into<PathBuf>,
+    ) -> impl FnOnce(io::Error) -> Error {
+        let path = path.into();
+        move |cause| Error::File { doing, path, cause }
+    }
+}

@@ -1,0 +1,265 @@
+//! A container's device: what it should look like, and keeping it so.
+
+use std::{
+    collections::HashSet,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    os::fd::{AsFd, OwnedFd},
+    sync::Arc,
+    time::Duration,
+};
+
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
+use tailnode_tun::{Interface, Netns};
+use tokio::{
+    sync::watch,
+    time::{Instant, sleep_until},
+};
+
+use crate::{Error, api::Engine};
+
+/// What a device is called in a container, before its number.
+pub(crate) const PREFIX: &str = "tailscale";
+
+/// Every node's resolver (net/tsaddr: TailscaleServiceIP and TailscaleServiceIPv6).
+const RESOLVER_V4: Ipv4Addr = Ipv4Addr::new(100, 100, 100, 100);
+const RESOLVER_V6: Ipv6Addr = Ipv6Addr::new(0xfd7a, 0x115c, 0xa1e0, 0, 0, 0, 0, 0x53);
+
+/// Tailscale's default (net/tstun/mtu.go): what fits into WireGuard on any path of IPv6's minimum.
+const MTU: u32 = 1280;
+
+/// What every tailnet routes (net/tsaddr): all its IPv4 addresses with the resolver's among them,
+/// and all its IPv6 addresses, likewise.
+const TAILNET_V4: Ipv4Net = Ipv4Net::new_assert(Ipv4Addr::new(100, 64, 0, 0), 10);
+const TAILNET_V6: Ipv6Net =
+    Ipv6Net::new_assert(Ipv6Addr::new(0xfd7a, 0x115c, 0xa1e0, 0, 0, 0, 0, 0), 48);
+
+/// How the device of a node should be set up. `local` is its address in a network of this host
+/// alone; `peers` are the node's, `taken` those of the container's tailnets that come before this
+/// one.
+pub(crate) fn wanted(
+    addresses: &[IpAddr],
+    local: Option<IpNet>,
+    index: u32,
+    peers: &[IpNet],
+    taken: &HashSet<IpNet>,
+    trap_dns: bool,
+) -> Interface {
+    let mut routes = Vec::new();
+    if addresses.iter().any(IpAddr::is_ipv4) {
+        routes.push(IpNet::from(TAILNET_V4));
+    }
+    if addresses.iter().any(IpAddr::is_ipv6) {
+        routes.push(IpNet::from(TAILNET_V6));
+    }
+    if index > 0 {
+        // All tailnets use the same range, and the first has it: the others' peers need routes of
+        // their own.
+        routes.extend(peers.iter().filter(|peer| !taken.contains(peer)));
+    }
+    // Behind the tailnet's, so that packets to the local network carry a tailnet address too.
+    let addresses = addresses
+        .iter()
+        .copied()
+        .chain(local.map(|local| local.addr()));
+    routes.extend(local.map(|local| local.trunc()));
+    Interface {
+        addresses: addresses.map(IpNet::from).collect(),
+        routes,
+        mtu: MTU,
+        index,
+        trap_dns,
+    }
+}
+
+/// The address of its resolver that a node's container is told. A second tailnet has another than
+/// the first: when a container leaves one network, Podman takes that network's servers out of its
+/// resolv.conf, and would take the ones of both.
+pub(crate) fn resolver(interface: &Interface) -> IpAddr {
+    let has_ipv6 = interface.addresses.iter().any(|own| own.addr().is_ipv6());
+    if interface.index > 0 && has_ipv6 {
+        RESOLVER_V6.into()
+    } else {
+        RESOLVER_V4.into()
+    }
+}
+
+/// The device's number in its container, from its name.
+pub(crate) fn index_of(name: &str) -> Option<u32> {
+    name.strip_prefix(PREFIX)?.parse().ok()
+}
+
+/// Runs something that blocks for a moment.
+pub(crate) async fn blocking<T: Send + 'static>(f: impl FnOnce() -> T + Send + 'static) -> T {
+    match tokio::task::spawn_blocking(f).await {
+        Ok(value) => value,
+        // The job is never cancelled, so it panicked, and so do we.
+        Err(error) => std::panic::resume_unwind(error.into_panic()),
+    }
+}
+
+/// A device that is, or will be, in a container.
+pub(crate) struct Device {
+    pub(crate) tun: Arc<OwnedFd>,
+    pub(crate) engine: Engine,
+    /// The namespace that it must never be set up in.
+    pub(crate) host: (u64, u64),
+}
+
+impl Device {
+    /// Sets the device up and keeps it so, until it is gone. `wanted` is asked anew, with the
+    /// device's number, whenever `peers` change.
+    pub(crate) async fn keep(
+        &self,
+        mut peers: watch::Receiver<Vec<IpNet>>,
+        wanted: impl Fn(u32) -> Interface,
+    ) -> Result<(), Error> {
+        // When to set the device up, in milliseconds from now.
+        let (index, times): (u32, &[u64]) = match self.engine {
+            // Podman's shim sets the device up itself, right after our answer and without us in its
+            // way; what it sets may be older than what we know by then.
+            Engine::Podman => {
+                let name = tailnode_tun::device_name(self.tun.as_fd())?;
+                match index_of(&name) {
+                    Some(index) if index > 0 => (index, &[100, 2000]),
+                    _ => return Ok(()),
+                }
+            }
+            // Docker may turn IPv6 off on the device, depending on its version even after it has
+            // brought it up. What is right already is not touched.
+            Engine::Docker => (self.arrive().await?, &[0, 10, 60, 260, 1260]),
+        };
+        let began = Instant::now();
+        let mut times = times
+            .iter()
+            .map(|&time| began + Duration::from_millis(time));
+        let mut next = times.next();
+        let mut begun = false;
+        loop {
+            tokio::select! {
+                () = sleep_until(next.unwrap_or(began)), if next.is_some() => next = times.next(),
+                changed = peers.changed(), if index > 0 && begun => if changed.is_err() {
+                    return Ok(());
+                },
+                else => return Ok(()),
+            }
+            begun = true;
+            let applied = self.apply(wanted(index)).await;
+            // One that fails because the engine was changing the same thing is followed by another.
+            if next.is_none() {
+                applied?;
+            }
+        }
+    }
+
+    /// Waits until Docker has moved the device into its container, renamed it, given it Docker's
+    /// address and, last of all, brought it up. It does so right after its request to join is
+    /// answered, and tells nobody. It must find no route of ours when it comes to the address: it
+    /// takes one that covers its network for a conflict, and fails the start.
+    async fn arrive(&self) -> Result<u32, Error> {
+        let began = Instant::now();
+        loop {
+            if let Some((netns, name)) = self.place().await?
+                && let Some(index) = index_of(&name)
+                && is_up(netns, name).await
+            {
+                return Ok(index);
+            }
+            let pause = if began.elapsed() < Duration::from_secs(30) {
+                2
+            } else {
+                100
+            };
+            tokio::time::sleep(Duration::from_millis(pause)).await;
+        }
+    }
+
+    async fn apply(&self, interface: Interface) -> Result<(), Error> {
+        let Some((netns, name)) = self.place().await? else {
+            // Docker has taken it back.
+            return Ok(());
+        };
+        blocking(move || tailnode_tun::configure(&netns, &name, &interface)).await?;
+        Ok(())
+    }
+
+    /// Where the device is and how it is called there; `None` while that is the host.
+    async fn place(&self) -> Result<Option<(Netns, String)>, Error> {
+        let (tun, host) = (self.tun.clone(), self.host);
+        blocking(move || {
+            let netns = Netns::of_device(tun.as_fd())?;
+            if netns.id() == host {
+                return Ok(None);
+            }
+            let name = tailnode_tun::device_name(tun.as_fd())?;
+            Ok(Some((netns, name)))
+        })
+        .await
+    }
+}
+
+async fn is_up(netns: Netns, name: String) -> bool {
+    blocking(move || {
+        tailnode_tun::is_up(&netns, &name).unwrap_or_else(|error| {
+            // Renamed or taken away since: it is looked for again.
+            tracing::debug!("{error}");
+            false
+        })
+    })
+    .await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn nets(nets: &[&str]) -> Vec<IpNet> {
+        nets.iter().map(|net| net.parse().unwrap()).collect()
+    }
+
+    #[test]
+    fn the_first_tailnet_has_the_range_and_the_second_its_peers() {
+        let own = [
+            "100.64.0.1".parse().unwrap(),
+            "fd7a:115c:a1e0::1".parse().unwrap(),
+        ];
+        let peers = nets(&["100.64.0.2/32", "100.64.0.3/32"]);
+        let taken = nets(&["100.64.0.2/32"]).into_iter().collect();
+
+        let first = wanted(&own, None, 0, &peers, &HashSet::new(), false);
+        assert_eq!(
+            first.addresses,
+            nets(&["100.64.0.1/32", "fd7a:115c:a1e0::1/128"])
+        );
+        assert_eq!(
+            first.routes,
+            nets(&["100.64.0.0/10", "fd7a:115c:a1e0::/48"])
+        );
+
+        let second = wanted(&own[..1], None, 1, &peers, &taken, true);
+        assert_eq!(second.routes, nets(&["100.64.0.0/10", "100.64.0.3/32"]));
+        assert!(second.trap_dns && second.mtu == 1280);
+
+        assert_eq!(resolver(&first), IpAddr::from(RESOLVER_V4));
+        assert_eq!(resolver(&second), IpAddr::from(RESOLVER_V4));
+        let third = wanted(&own, None, 2, &[], &HashSet::new(), false);
+        assert_eq!(resolver(&third), IpAddr::from(RESOLVER_V6));
+
+        let local = "172.19.0.2/16".parse().ok();
+        let local = wanted(&own[..1], local, 0, &peers, &taken, true);
+        assert_eq!(local.addresses, nets(&["100.64.0.1/32", "172.19.0.2/32"]));
+        assert_eq!(local.routes, nets(&["100.64.0.0/10", "172.19.0.0/16"]));
+    }
+
+    #[test]
+    fn numbers_are_read_off_names() {
+        for (name, index) in [
+            ("tailscale0", Some(0)),
+            ("tailscale12", Some(12)),
+            ("tailscale", None),
+            ("tn0a1b2c3d", None),
+            ("eth0", None),
+        ] {
+            assert_eq!(index_of(name), index, "{name}");
+        }
+    }
+}

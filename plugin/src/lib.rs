@@ -1,0 +1,18 @@
+//! `tailnoded`, the daemon that runs the nodes of a host's containers, and the API by which the
+//! engines' shims and the command line talk to it.
+//!
+//! [`api`] is all that a shim needs: it blocks and brings no runtime. [`daemon`] is the program.
+//! In between, [`options`] decides who a container's node is, the endpoints say which container
+//! has which node, and `docker` speaks Docker's plugin protocol.
+
+pub mod api;
+pub mod daemon;
+mod docker;
+mod endpoints;
+mod error;
+mod identities;
+mod interface;
+pub mod options;
+mod podman;
+
+pub use error::Error;

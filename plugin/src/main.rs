@@ -1,0 +1,35 @@
+//! The daemon `tailnoded`.
+
+use std::io::{self, IsTerminal};
+
+use anyhow::Context;
+use clap::Parser;
+use rustix::{fs::Mode, process::umask};
+use tailnode_plugin::daemon::{self, Settings};
+use tracing_subscriber::EnvFilter;
+
+fn main() -> anyhow::Result<()> {
+    let settings = Settings::parse();
+    // Before anything is made: keys and sockets are root's alone.
+    umask(Mode::from_raw_mode(0o077));
+    let filter = match std::env::var(EnvFilter::DEFAULT_ENV) {
+        Ok(wanted) => EnvFilter::builder().parse_lossy(wanted),
+        // boringtun calls the end of an idle session an error.
+        Err(_) => EnvFilter::new("info,boringtun=off"),
+    };
+    let log = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(io::stderr)
+        .with_ansi(io::stderr().is_terminal());
+    // The journal has a clock of its own.
+    match std::env::var_os("JOURNAL_STREAM") {
+        Some(_) => log.without_time().init(),
+        None => log.init(),
+    }
+    tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+        .context("cannot start the runtime")?
+        .block_on(daemon::run(settings))
+        .context("tailnoded")
+}

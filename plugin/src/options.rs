@@ -1,0 +1,629 @@
+//! The options of a node: one vocabulary, named after the flags of `tailscale up`, on whatever
+//! surface it is given.
+
+use std::{
+    collections::BTreeMap,
+    fs::{self, File},
+    io::{self, Read},
+    os::unix::fs::PermissionsExt,
+    path::{Path, PathBuf},
+};
+
+use tailnode_node::Secret;
+use url::Url;
+
+use crate::Error;
+
+/// Tailscale's own control server (ipn/prefs.go).
+const DEFAULT_LOGIN_SERVER: &str = "https://controlplane.tailscale.com";
+
+/// The longest file with an auth key, in bytes. A key has about a hundred.
+const MAX_AUTH_KEY_FILE: u64 = 4096;
+
+/// Longest DNS label, RFC 1035 section 2.3.4.
+const MAX_LABEL: usize = 63;
+
+const KEYS: [&str; 5] = ["hostname", "login-server", "auth-key", "ephemeral", "tags"];
+
+/// What is set on one surface: the configuration file, a network, a container's labels, or the
+/// container's own use of the network.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Options {
+    /// The name to ask for, a DNS label.
+    pub hostname: Option<String>,
+    /// The control server.
+    pub login_server: Option<Url>,
+    /// The file that holds the key to join with.
+    pub auth_key: Option<PathBuf>,
+    /// Whether the tailnet forgets the node when the container stops.
+    pub ephemeral: Option<bool>,
+    /// Tags to ask for, `tag:` included.
+    pub tags: Option<Vec<String>>,
+}
+
+impl Options {
+    /// Reads the options of a network, `-o key=value`.
+    pub fn of_network(pairs: &BTreeMap<String, String>) -> Result<Self, Error> {
+        parse(pairs, Place::Network)
+    }
+
+    /// Reads the options of one container on a network: Podman's `--network NAME:key=value`,
+    /// Docker's `driver-opt`.
+    pub fn of_container(pairs: &BTreeMap<String, String>) -> Result<Self, Error> {
+        parse(pairs, Place::Container)
+    }
+
+    /// Reads a container's labels. Only the name can be set by one: labels come with images too,
+    /// and an image must not choose the tailnet or the key.
+    pub fn of_labels(labels: &BTreeMap<String, String>) -> Result<Self, Error> {
+        // The Kubernetes operator's word, for people who move over; ours wins.
+        let theirs = labels.get("tailscale.com/hostname");
+        let mut pairs: BTreeMap<String, String> = labels
+            .iter()
+            .filter_map(|(label, value)| {
+                let key = label.strip_prefix("tailscale.")?;
+                (!key.contains('/')).then(|| (key.to_owned(), value.clone()))
+            })
+            .collect();
+        if let Some(name) = theirs {
+            pairs.entry("hostname".into()).or_insert(name.clone());
+        }
+        parse(&pairs, Place::Label)
+    }
+
+    /// Reads the host's configuration file; one that does not exist sets nothing.
+    pub fn of_file(path: &Path) -> Result<Self, Error> {
+        let text = match fs::read_to_string(path) {
+            Ok(text) => text,
+            Err(cause) if cause.kind() == io::ErrorKind::NotFound => return Ok(Self::default()),
+            Err(cause) => return Err(Error::file("read", path)(cause)),
+        };
+        let bad = |reason: String| Error::Config {
+            path: path.to_owned(),
+            reason,
+        };
+        let table: toml::Table = text.parse().map_err(|error: toml::de::Error| {
+            // Only the message: the error's other form quotes the line, which may be a key.
+            let before = error.span().and_then(|span| text.get(..span.start));
+            let line = 1 + before.unwrap_or_default().matches('\n').count();
+            bad(format!("line {line}: {}", error.message()))
+        })?;
+        let mut pairs = BTreeMap::new();
+        for (key, value) in table {
+            let value = option_text(&value).ok_or_else(|| {
+                bad(format!(
+                    "`{key}` must be a text, true, false or a list of texts"
+                ))
+            })?;
+            pairs.insert(key, value);
+        }
+        parse(&pairs, Place::File).map_err(|error| bad(error.to_string()))
+    }
+
+    /// These, and where they say nothing, the `lower` ones.
+    pub fn over(self, lower: Options) -> Options {
+        Options {
+            hostname: self.hostname.or(lower.hostname),
+            login_server: self.login_server.or(lower.login_server),
+            auth_key: self.auth_key.or(lower.auth_key),
+            ephemeral: self.ephemeral.or(lower.ephemeral),
+            tags: self.tags.or(lower.tags),
+        }
+    }
+
+    /// Where to log in.
+    pub fn login_server(&self) -> Result<Url, Error> {
+        match &self.login_server {
+            Some(url) => Ok(url.clone()),
+            None => parse_url(DEFAULT_LOGIN_SERVER, Place::File),
+        }
+    }
+
+    /// Reads the auth key's file, if there is one set.
+    pub fn read_auth_key(&self) -> Result<Option<Secret>, Error> {
+        let Some(path) = &self.auth_key else {
+            return Ok(None);
+        };
+        let failed = |cause| Error::AuthKey {
+            path: path.clone(),
+            cause,
+        };
+        let text = read_secret(path).map_err(failed)?;
+        match text.trim() {
+            "" => Err(failed(io::Error::other("the file is empty"))),
+            key if key.contains(char::is_whitespace) => Err(failed(io::Error::other(
+                "there is more than one word in the file",
+            ))),
+            key => Ok(Some(Secret::new(key))),
+        }
+    }
+}
+
+/// Reads a file that only its owner should be able to read. It need not end for this to end.
+fn read_secret(path: &Path) -> io::Result<String> {
+    let metadata = fs::metadata(path)?;
+    // To open a FIFO would wait for its other end.
+    if !metadata.is_file() {
+        return Err(io::Error::other("it is no regular file"));
+    }
+    let mode = metadata.permissions().mode();
+    if mode & 0o077 != 0 {
+        tracing::warn!(
+            "the auth key in {0} is open to others than its owner (mode {1:03o}): \
+             `chmod 600 {0}`, and revoke the key if somebody may have read it",
+            path.display(),
+            mode & 0o777
+        );
+    }
+    let mut text = String::new();
+    let read = File::open(path)?
+        .take(MAX_AUTH_KEY_FILE + 1)
+        .read_to_string(&mut text)?;
+    if read as u64 > MAX_AUTH_KEY_FILE {
+        return Err(io::Error::other("the file is too long to be a key"));
+    }
+    Ok(text)
+}
+
+/// Makes a DNS label of a container's name, or `None` if nothing of it can be in one.
+pub fn dns_label(name: &str) -> Option<String> {
+    let label: String = name
+        .chars()
+        .map(|c| {
+            if c.is_ascii_alphanumeric() {
+                c.to_ascii_lowercase()
+            } else {
+                '-'
+            }
+        })
+        .collect();
+    // Cut before trimming, so that it cannot end in a hyphen; every character is one byte now.
+    let label = label.trim_start_matches('-');
+    let label = label
+        .get(..MAX_LABEL)
+        .unwrap_or(label)
+        .trim_end_matches('-');
+    (!label.is_empty()).then(|| label.to_owned())
+}
+
+/// The label of the `number`th container that wants the label `hostname`.
+pub(crate) fn numbered_label(hostname: &str, number: usize) -> String {
+    let suffix = format!("-{number}");
+    let room = MAX_LABEL.saturating_sub(suffix.len());
+    hostname.get(..room).unwrap_or(hostname).to_owned() + &suffix
+}
+
+/// The surface an option is given on.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Place {
+    File,
+    Network,
+    Label,
+    Container,
+}
+
+impl Place {
+    fn words(self) -> &'static str {
+        match self {
+            Place::File => "in the configuration file",
+            Place::Network => "on the network",
+            Place::Label => "in a container's label",
+            Place::Container => "on one container",
+        }
+    }
+
+    /// Where the option belongs instead, if not here.
+    fn refuses(self, key: &str) -> Option<&'static str> {
+        match (self, key) {
+            (Place::File, "hostname") => {
+                Some("it would be every container's; set it on one: `--network NAME:hostname=web`")
+            }
+            (Place::Label, "ephemeral" | "tags") => Some(
+                "labels come with images too; set it on the network (`-o`) or on the container's use of it",
+            ),
+            (Place::Label | Place::Container, "login-server" | "auth-key") => Some(
+                "it belongs to the network: `network create -d tailscale -o …`, or to /etc/tailnode/config.toml",
+            ),
+            _ => None,
+        }
+    }
+}
+
+fn parse(pairs: &BTreeMap<String, String>, place: Place) -> Result<Options, Error> {
+    let mut options = Options::default();
+    for (key, value) in pairs {
+        let known =
+            KEYS.into_iter()
+                .find(|known| known == key)
+                .ok_or_else(|| Error::UnknownOption {
+                    key: key.clone(),
+                    place: place.words(),
+                    advice: nearest(key),
+                })?;
+        if let Some(advice) = place.refuses(known) {
+            return Err(Error::MisplacedOption {
+                key: known,
+                place: place.words(),
+                advice,
+            });
+        }
+        match known {
+            "hostname" => options.hostname = Some(parse_hostname(value, place)?),
+            "login-server" => options.login_server = Some(parse_url(value, place)?),
+            "auth-key" => options.auth_key = Some(parse_auth_key(value, place)?),
+            "ephemeral" => options.ephemeral = Some(parse_bool(value, place)?),
+            _ => options.tags = Some(parse_tags(value, place)?),
+        }
+    }
+    Ok(options)
+}
+
+fn nearest(key: &str) -> String {
+    let key = key.to_ascii_lowercase().replace('_', "-");
+    let (distance, known) = KEYS
+        .into_iter()
+        .map(|known| (strsim::damerau_levenshtein(&key, known), known))
+        .min()
+        .unwrap_or((usize::MAX, ""));
+    if distance <= 3 {
+        format!("did you mean `{known}`?")
+    } else {
+        format!("there are {}", KEYS.join(", "))
+    }
+}
+
+fn bad(key: &'static str, place: Place, reason: impl Into<String>) -> Error {
+    Error::BadOption {
+        key,
+        place: place.words(),
+        reason: reason.into(),
+    }
+}
+
+fn parse_hostname(value: &str, place: Place) -> Result<String, Error> {
+    dns_label(value).ok_or_else(|| {
+        bad(
+            "hostname",
+            place,
+            format!("{value:?} has no letter or digit to make a DNS name of"),
+        )
+    })
+}
+
+fn parse_url(value: &str, place: Place) -> Result<Url, Error> {
+    let bad = |reason| bad("login-server", place, reason);
+    let url: Url = value.parse().map_err(|error| {
+        bad(format!(
+            "{value:?} is no URL ({error}); it should look like https://headscale.example.com"
+        ))
+    })?;
+    if !matches!(url.scheme(), "http" | "https") || url.host().is_none() {
+        return Err(bad(format!(
+            "{value:?} must begin with https:// or http:// and name a host"
+        )));
+    }
+    if !url.username().is_empty() || url.password().is_some() {
+        return Err(bad("it must not hold a user or a password".into()));
+    }
+    Ok(url)
+}
+
+fn parse_auth_key(value: &str, place: Place) -> Result<PathBuf, Error> {
+    match value.strip_prefix("file:") {
+        Some(path) if Path::new(path).is_absolute() => Ok(path.into()),
+        Some(path) => Err(bad(
+            "auth-key",
+            place,
+            format!("{path:?} must be an absolute path: file:/etc/tailnode/auth.key"),
+        )),
+        // The value is not repeated: it is a secret, and this goes to terminals and logs.
+        None => Err(bad(
+            "auth-key",
+            place,
+            "a key given inline can be read by whoever can inspect; put it in a file with \
+             `install -m 600 /dev/stdin /etc/tailnode/auth.key` and set \
+             auth-key=file:/etc/tailnode/auth.key (and revoke the one that was given)",
+        )),
+    }
+}
+
+fn parse_bool(value: &str, place: Place) -> Result<bool, Error> {
+    match value {
+        "true" => Ok(true),
+        "false" => Ok(false),
+        _ => Err(bad(
+            "ephemeral",
+            place,
+            format!("{value:?} must be true or false"),
+        )),
+    }
+}
+
+fn parse_tags(value: &str, place: Place) -> Result<Vec<String>, Error> {
+    value
+        .split(['+', ','])
+        .map(str::trim)
+        .filter(|tag| !tag.is_empty())
+        .map(|tag| {
+            let name = tag.strip_prefix("tag:").unwrap_or(tag);
+            // As Tailscale's tailcfg.CheckTag has it.
+            let fine = name.starts_with(|c: char| c.is_ascii_alphabetic())
+                && name.chars().all(|c| c.is_ascii_alphanumeric() || c == '-');
+            if fine {
+                Ok(format!("tag:{name}"))
+            } else {
+                Err(bad(
+                    "tags",
+                    place,
+                    format!("{tag:?} is no tag: a letter, then letters, digits and hyphens; several are joined by +"),
+                ))
+            }
+        })
+        .collect()
+}
+
+fn option_text(value: &toml::Value) -> Option<String> {
+    match value {
+        toml::Value::String(text) => Some(text.clone()),
+        toml::Value::Boolean(flag) => Some(flag.to_string()),
+        toml::Value::Array(texts) => {
+            let texts: Option<Vec<&str>> = texts.iter().map(toml::Value::as_str).collect();
+            Some(texts?.join("+"))
+        }
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn pairs(pairs: &[(&str, &str)]) -> BTreeMap<String, String> {
+        pairs
+            .iter()
+            .map(|(k, v)| (k.to_string(), v.to_string()))
+            .collect()
+    }
+
+    #[test]
+    fn all_of_them_on_a_network() {
+        let options = Options::of_network(&pairs(&[
+            ("hostname", "Web_1"),
+            ("login-server", "https://headscale.example.com"),
+            ("auth-key", "file:/etc/tailnode/auth.key"),
+            ("ephemeral", "true"),
+            ("tags", "tag:web+prod"),
+        ]))
+        .unwrap();
+        assert_eq!(
+            options,
+            Options {
+                hostname: Some("web-1".into()),
+                login_server: Some("https://headscale.example.com".parse().unwrap()),
+                auth_key: Some("/etc/tailnode/auth.key".into()),
+                ephemeral: Some(true),
+                tags: Some(vec!["tag:web".into(), "tag:prod".into()]),
+            }
+        );
+    }
+
+    #[test]
+    fn what_is_wrong_is_said_with_what_is_right() {
+        let network = |key: &str, value: &str| {
+            Options::of_network(&pairs(&[(key, value)]))
+                .unwrap_err()
+                .to_string()
+        };
+        for (error, words) in [
+            (
+                network("hostnmae", "a"),
+                "unknown option `hostnmae` on the network: did you mean `hostname`?",
+            ),
+            (network("auth_key", "a"), "did you mean `auth-key`?"),
+            (network("Tags", "a"), "did you mean `tags`?"),
+            (
+                network("advertise-routes", "a"),
+                "there are hostname, login-server, auth-key, ephemeral, tags",
+            ),
+            (network("hostname", "…"), "no letter or digit"),
+            (
+                network("login-server", "headscale"),
+                "it should look like https://",
+            ),
+            (
+                network("login-server", "ftp://h"),
+                "must begin with https://",
+            ),
+            (
+                network("login-server", "https://u:p@h"),
+                "must not hold a user",
+            ),
+            (network("ephemeral", "yes"), "must be true or false"),
+            (network("tags", "tag:9"), "is no tag"),
+            (
+                network("auth-key", "file:auth.key"),
+                "must be an absolute path",
+            ),
+        ] {
+            assert!(error.contains(words), "{error:?} does not say {words:?}");
+        }
+    }
+
+    #[test]
+    fn an_inline_key_is_refused_and_not_repeated() {
+        for parse in [Options::of_network, Options::of_labels] {
+            let error = parse(&pairs(&[
+                ("auth-key", "tskey-auth-abc"),
+                ("tailscale.auth-key", "tskey-auth-abc"),
+            ]))
+            .unwrap_err();
+            assert!(!format!("{error} {error:?}").contains("abc"), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_label_sets_the_name_and_nothing_else() {
+        let labels = |list: &[(&str, &str)]| Options::of_labels(&pairs(list));
+        let name = |list| labels(list).unwrap().hostname;
+        assert_eq!(name(&[("tailscale.hostname", "web")]), Some("web".into()));
+        assert_eq!(
+            name(&[("tailscale.com/hostname", "web")]),
+            Some("web".into())
+        );
+        assert_eq!(
+            name(&[
+                ("tailscale.com/hostname", "theirs"),
+                ("tailscale.hostname", "ours")
+            ]),
+            Some("ours".into())
+        );
+        assert_eq!(
+            name(&[
+                ("tailscale.com/expose", "true"),
+                ("hostname", "x"),
+                ("maintainer", "y")
+            ]),
+            None
+        );
+        for key in [
+            "tailscale.auth-key",
+            "tailscale.login-server",
+            "tailscale.tags",
+            "tailscale.hostnam",
+        ] {
+            assert!(labels(&[(key, "file:/etc/shadow")]).is_err(), "{key}");
+        }
+    }
+
+    #[test]
+    fn a_container_cannot_choose_the_tailnet() {
+        for key in ["auth-key", "login-server"] {
+            let error = Options::of_container(&pairs(&[(key, "file:/x")]))
+                .unwrap_err()
+                .to_string();
+            assert!(error.contains("it belongs to the network"), "{error}");
+        }
+    }
+
+    #[test]
+    fn the_higher_one_wins() {
+        let of = |list: &[(&str, &str)]| Options::of_network(&pairs(list)).unwrap();
+        let merged = of(&[("hostname", "a")])
+            .over(of(&[("hostname", "b"), ("tags", "x")]))
+            .over(of(&[("tags", "y"), ("ephemeral", "true")]));
+        assert_eq!(
+            merged,
+            of(&[("hostname", "a"), ("tags", "x"), ("ephemeral", "true")])
+        );
+    }
+
+    #[test]
+    fn the_file_speaks_the_same_words() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("config.toml");
+        let read = |text: &str| {
+            fs::write(&path, text).unwrap();
+            Options::of_file(&path)
+        };
+        assert_eq!(
+            Options::of_file(&directory.path().join("none")).unwrap(),
+            Options::default()
+        );
+        assert_eq!(read("# nothing\n").unwrap(), Options::default());
+        let options = read(
+            "login-server = 'http://10.0.0.1:8080'\nephemeral = true\ntags = ['web', 'tag:b']\n",
+        )
+        .unwrap();
+        assert_eq!(options.ephemeral, Some(true));
+        assert_eq!(options.tags, Some(vec!["tag:web".into(), "tag:b".into()]));
+        for (text, words) in [
+            ("hostname = 'web'", "every container's"),
+            ("login_server = 'https://h'", "did you mean `login-server`?"),
+            ("ephemeral = 1", "must be a text, true, false or a list"),
+        ] {
+            let error = read(text).unwrap_err().to_string();
+            assert!(
+                error.contains(words) && error.contains("config.toml"),
+                "{error}"
+            );
+        }
+        let error = read("# a\n\nauth-key = tskey-auth-abc").unwrap_err();
+        assert!(!format!("{error} {error:?}").contains("abc"), "{error:?}");
+        assert!(error.to_string().contains("line 3"), "{error}");
+    }
+
+    #[test]
+    fn the_auth_key_is_read_from_its_file() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("auth.key");
+        let options = Options {
+            auth_key: Some(path.clone()),
+            ..Options::default()
+        };
+        let missing = options.read_auth_key().unwrap_err().to_string();
+        assert!(missing.contains("install -m 600"), "{missing}");
+        fs::write(&path, "\n").unwrap();
+        assert!(
+            options
+                .read_auth_key()
+                .unwrap_err()
+                .to_string()
+                .contains("empty")
+        );
+        fs::write(&path, "tskey-auth-abc\n").unwrap();
+        let key = options.read_auth_key().unwrap();
+        assert!(key.is_some() && !format!("{key:?}").contains("abc"));
+        assert!(Options::default().read_auth_key().unwrap().is_none());
+
+        let refused = |path: &Path| {
+            let options = Options {
+                auth_key: Some(path.to_owned()),
+                ..Options::default()
+            };
+            options.read_auth_key().unwrap_err().to_string()
+        };
+        fs::write(&path, "abc ".repeat(2000)).unwrap();
+        assert!(refused(&path).contains("too long"));
+        fs::write(&path, "tskey-auth-abc tskey-auth-def").unwrap();
+        let two = refused(&path);
+        assert!(
+            two.contains("more than one") && !two.contains("abc"),
+            "{two}"
+        );
+        assert!(refused(Path::new("/dev/zero")).contains("no regular file"));
+    }
+
+    #[test]
+    fn names_become_dns_labels() {
+        for (name, label) in [
+            ("web", Some("web")),
+            ("My_App.1", Some("my-app-1")),
+            ("_x-", Some("x")),
+            ("...", None),
+            ("", None),
+        ] {
+            assert_eq!(dns_label(name).as_deref(), label, "{name}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn a_label_is_always_a_label(name: String) {
+            if let Some(label) = dns_label(&name) {
+                prop_assert!((1..=MAX_LABEL).contains(&label.len()));
+                prop_assert!(label.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-'));
+                prop_assert!(!label.starts_with('-') && !label.ends_with('-'));
+                let again = dns_label(&label);
+                prop_assert_eq!(again, Some(label));
+            }
+        }
+
+        #[test]
+        fn no_pair_panics(key: String, value: String) {
+            let one = pairs(&[(&key, &value)]);
+            let _ = (Options::of_network(&one), Options::of_container(&one), Options::of_labels(&one));
+        }
+    }
+}

@@ -1,0 +1,238 @@
+//! What Podman knows of its containers and does not tell its plugins.
+//!
+//! Asking `podman inspect` would wait for the lock that Podman holds while it waits for us; reading
+//! its state database takes no lock of Podman's. But the schema is Podman's own business, so
+//! whatever goes wrong is a warning.
+
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use rusqlite::{Connection, OpenFlags, Row, types::Type};
+use serde::{
+    Deserialize,
+    de::{DeserializeOwned, IgnoredAny},
+};
+
+use crate::interface;
+
+/// ContainerStateRunning (libpod/define/containerstate.go).
+const RUNNING: u32 = 3;
+
+/// The part of Podman's ContainerConfig that is read here (libpod/container_config.go).
+#[derive(Deserialize)]
+struct ContainerConfig {
+    #[serde(default)]
+    labels: Option<BTreeMap<String, String>>,
+}
+
+/// The part of its ContainerState (libpod/container.go).
+#[derive(Deserialize)]
+struct ContainerState {
+    state: u32,
+    /// The file of the namespace. After a reboot it is gone, while all else says "running".
+    #[serde(default)]
+    netns: Option<PathBuf>,
+    /// What the plugins answered, by network.
+    #[serde(default, rename = "networkStatus")]
+    networks: Option<BTreeMap<String, StatusBlock>>,
+}
+
+#[derive(Deserialize)]
+struct StatusBlock {
+    #[serde(default)]
+    interfaces: Option<BTreeMap<String, IgnoredAny>>,
+}
+
+/// A container.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Container {
+    pub(crate) id: String,
+    pub(crate) name: String,
+}
+
+/// A container's labels; none when they cannot be read. Blocks for at most a quarter of a second.
+pub(crate) fn labels(database: &Path, container_id: &str) -> BTreeMap<String, String> {
+    let read = |podman: Connection| {
+        let config: ContainerConfig = podman.query_row(
+            "SELECT CAST(JSON AS TEXT) FROM ContainerConfig WHERE ID = ?",
+            [container_id],
+            |row| json(row, 0),
+        )?;
+        Ok(config.labels.unwrap_or_default())
+    };
+    look(database, read).unwrap_or_else(|error| {
+        tracing::warn!(
+            container_id,
+            database = %database.display(),
+            "cannot read the container's labels, so they set nothing: {error}"
+        );
+        BTreeMap::new()
+    })
+}
+
+/// The running containers with a device of a tailnet. Blocks for at most a quarter of a second.
+pub(crate) fn running(database: &Path) -> Vec<Container> {
+    let read = |podman: Connection| {
+        let mut all = podman.prepare(
+            "SELECT ID, Name, CAST(ContainerState.JSON AS TEXT)
+            FROM ContainerConfig JOIN ContainerState USING (ID) ORDER BY Name",
+        )?;
+        let mut rows = all.query([])?;
+        let mut running = Vec::new();
+        while let Some(row) = rows.next()? {
+            if json::<ContainerState>(row, 2)?.is_on_a_tailnet() {
+                running.push(Container {
+                    id: row.get(0)?,
+                    name: row.get(1)?,
+                });
+            }
+        }
+        Ok(running)
+    };
+    look(database, read).unwrap_or_else(|error| {
+        tracing::warn!(
+            database = %database.display(),
+            "cannot tell which containers of Podman's run without a tailnet: {error}"
+        );
+        Vec::new()
+    })
+}
+
+impl ContainerState {
+    fn is_on_a_tailnet(&self) -> bool {
+        let mut devices = self
+            .networks
+            .iter()
+            .flat_map(BTreeMap::values)
+            .flat_map(|network| &network.interfaces)
+            .flat_map(BTreeMap::keys);
+        self.state == RUNNING
+            && self.netns.as_ref().is_some_and(|netns| netns.exists())
+            && devices.any(|device| interface::index_of(device).is_some())
+    }
+}
+
+/// Reads something in the database. Without a database there is nothing.
+fn look<T: Default>(
+    database: &Path,
+    read: impl FnOnce(Connection) -> rusqlite::Result<T>,
+) -> rusqlite::Result<T> {
+    if !database.exists() {
+        tracing::debug!(database = %database.display(), "Podman has no database");
+        return Ok(T::default());
+    }
+    let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+    let connection = Connection::open_with_flags(database, flags)?;
+    connection.busy_timeout(Duration::from_millis(200))?;
+    read(connection)
+}
+
+/// Reads a column of JSON. Podman stores blobs in its columns of texts, so each is cast.
+fn json<T: DeserializeOwned>(row: &Row, column: usize) -> rusqlite::Result<T> {
+    serde_json::from_str(&row.get::<_, String>(column)?).map_err(|error| {
+        rusqlite::Error::FromSqlConversionFailure(column, Type::Text, error.into())
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn labels_come_from_the_database_and_trouble_is_no_failure() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("db.sql");
+        assert!(labels(&path, "c1").is_empty());
+        let connection = Connection::open(&path).unwrap();
+        assert!(labels(&path, "c1").is_empty());
+        connection
+            .execute_batch(
+                r#"CREATE TABLE ContainerConfig(ID TEXT PRIMARY KEY, Name TEXT, PodID TEXT, JSON TEXT);
+                INSERT INTO ContainerConfig VALUES
+                    ('c1', 'web', NULL, CAST('{"id":"c1","labels":{"tailscale.hostname":"www"},"spec":{}}' AS BLOB)),
+                    ('c2', 'bare', NULL, CAST('{"id":"c2"}' AS BLOB)),
+                    ('c3', 'odd', NULL, '[]');"#,
+            )
+            .unwrap();
+        assert_eq!(
+            labels(&path, "c1"),
+            [("tailscale.hostname".to_owned(), "www".to_owned())].into()
+        );
+        for id in ["c2", "c3", "c4"] {
+            assert!(labels(&path, id).is_empty(), "{id}");
+        }
+        // A write in progress does not hold us up beyond the limit, and is no failure.
+        connection.execute_batch("BEGIN EXCLUSIVE").unwrap();
+        assert!(labels(&path, "c1").is_empty());
+    }
+
+    #[test]
+    fn those_that_run_on_a_tailnet_are_found() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("db.sql");
+        assert!(running(&path).is_empty());
+        let connection = Connection::open(&path).unwrap();
+        assert!(running(&path).is_empty());
+        connection
+            .execute_batch(
+                r#"CREATE TABLE ContainerConfig(ID TEXT PRIMARY KEY, Name TEXT, PodID TEXT, JSON TEXT);
+                CREATE TABLE ContainerState(ID TEXT PRIMARY KEY, State INTEGER, ExitCode INTEGER, JSON TEXT);"#,
+            )
+            .unwrap();
+        let here = path.display();
+        for (name, state) in [
+            // As Podman 5.4.2 writes it.
+            (
+                "on",
+                format!(
+                    r#"{{"state":3,"configPath":"/x","pid":272,"netns":"{here}","networkStatus":
+                {{"tailnet":{{"interfaces":{{"tailscale0":{{"subnets":[{{"ipnet":"100.69.21.121/32"}}],
+                "mac_address":""}}}},"dns_server_ips":["100.100.100.100"]}}}}}}"#
+                ),
+            ),
+            (
+                "elsewhere",
+                format!(
+                    r#"{{"state":3,"netns":"{here}",
+                "networkStatus":{{"lan":{{"interfaces":{{"eth0":{{}}}}}}}}}}"#
+                ),
+            ),
+            (
+                "ended",
+                format!(
+                    r#"{{"state":6,"netns":"{here}",
+                "networkStatus":{{"tailnet":{{"interfaces":{{"tailscale0":{{}}}}}}}}}}"#
+                ),
+            ),
+            (
+                "rebooted",
+                r#"{"state":3,"netns":"/nonexistent",
+                "networkStatus":{"tailnet":{"interfaces":{"tailscale0":{}}}}}"#
+                    .to_owned(),
+            ),
+            ("bare", r#"{"state":1,"networkStatus":null}"#.to_owned()),
+        ] {
+            let id = format!("id-{name}");
+            connection
+                .execute(
+                    "INSERT INTO ContainerConfig VALUES (?1, ?2, NULL, '{}')",
+                    [&id, name],
+                )
+                .unwrap();
+            connection
+                .execute(
+                    "INSERT INTO ContainerState VALUES (?1, 1, 0, ?2)",
+                    (&id, state.into_bytes()),
+                )
+                .unwrap();
+        }
+        let on = Container {
+            id: "id-on".into(),
+            name: "on".into(),
+        };
+        assert_eq!(running(&path), [on]);
+    }
+}

@@ -1,0 +1,34 @@
+//! Real namespaces, links and processes to test the product in.
+//!
+//! A scene is built from the outside in: an [`Underlay`] joins hosts, a [`Tailnet`] is the
+//! coordination server on it, a [`Host`] runs the daemon, and a [`Container`] is a bare namespace
+//! that the host attaches by running the netavark plugin, as Podman would. The peers of others are
+//! a [`Gopher`], which is a machine with Tailscale's own client, and as the coordination server
+//! [`Headscale`] or [`Testcontrol`].
+//!
+//! Nothing here has a name outside the test's process: a namespace lives as long as its file is
+//! open and a child process dies with the thread that started it. So a test that panics, or is
+//! killed, leaves nothing behind.
+
+#![allow(clippy::expect_used, reason = "a test reports by panicking")]
+
+mod container;
+mod gopher;
+mod headscale;
+mod host;
+mod namespace;
+mod program;
+mod tailnet;
+mod testcontrol;
+mod traffic;
+mod underlay;
+
+pub use container::Container;
+pub use gopher::Gopher;
+pub use headscale::Headscale;
+pub use host::Host;
+pub use namespace::Namespace;
+pub use program::eventually;
+pub use tailnet::Tailnet;
+pub use testcontrol::Testcontrol;
+pub use underlay::{Nat, Underlay};

@@ -1,0 +1,124 @@
+use std::{fs, net::TcpStream, process::Command, time::Duration};
+
+use serde_json::Value;
+use tempfile::TempDir;
+
+use crate::{
+    Underlay, eventually,
+    program::{Process, program},
+};
+
+/// A coordination server, with its relay and STUN, on the underlay's router.
+pub struct Tailnet {
+    /// The DNS suffix of its nodes' names.
+    pub domain: &'static str,
+    port: u16,
+    // Goes before the directory that its log is in.
+    process: Process,
+    state: TempDir,
+}
+
+impl Tailnet {
+    /// Starts one. On one underlay, ports must differ: the relay has `port`, STUN the next one.
+    pub fn start(underlay: &Underlay, port: u16, domain: &'static str) -> Tailnet {
+        let state = TempDir::new().expect("a directory for the server's state");
+        let process = spawn(underlay, port, domain, &state);
+        let tailnet = Tailnet {
+            domain,
+            port,
+            state,
+            process,
+        };
+        tailnet.wait_until_it_answers(underlay);
+        tailnet
+    }
+
+    /// Ends the server. Its state stays.
+    pub fn stop(&mut self) {
+        self.process.terminate();
+    }
+
+    /// Starts it again after [`Tailnet::stop`].
+    pub fn restart(&mut self, underlay: &Underlay) {
+        self.process = spawn(underlay, self.port, self.domain, &self.state);
+        self.wait_until_it_answers(underlay);
+    }
+
+    /// The URL that nodes log in to.
+    pub fn url(&self) -> String {
+        url(self.port)
+    }
+
+    /// Makes an auth key; `flags` as for `tailnode-control key create`.
+    pub fn key(&self, flags: &[&str]) -> String {
+        let output = self.control(&["key", "create"], flags);
+        output.trim().to_owned()
+    }
+
+    /// All nodes, as `tailnode-control node list --json` tells them.
+    pub fn nodes(&self) -> Vec<Value> {
+        let output = self.control(&["node", "list", "--json"], &[]);
+        serde_json::from_str(&output).unwrap_or_else(|error| panic!("{error}: {output}"))
+    }
+
+    /// The node of this name, if there is one.
+    pub fn node(&self, name: &str) -> Option<Value> {
+        self.nodes().into_iter().find(|node| {
+            let full = node["name"].as_str().unwrap_or_default();
+            full.split('.').next() == Some(name)
+        })
+    }
+
+    /// Lets a node in whose login page has this URL.
+    pub fn approve(&self, page: &str) {
+        let id = page.rsplit('/').next().unwrap_or_default();
+        self.control(&["node", "approve"], &[id]);
+    }
+
+    /// Says who may reach whom from now on.
+    pub fn set_policy(&self, policy: &str) {
+        let file = self.state.path().join("policy.hujson");
+        fs::write(&file, policy).expect("write the policy");
+        self.control(&["policy", "set"], &[&file.to_string_lossy()]);
+    }
+
+    fn control(&self, words: &[&str], flags: &[&str]) -> String {
+        let output = Command::new(program("tailnode-control"))
+            .args(words)
+            .arg("--state")
+            .arg(self.state.path())
+            .args(flags)
+            .output()
+            .expect("run tailnode-control");
+        let errors = String::from_utf8_lossy(&output.stderr);
+        assert!(
+            output.status.success(),
+            "tailnode-control {words:?}: {errors}"
+        );
+        String::from_utf8_lossy(&output.stdout).into_owned()
+    }
+
+    fn wait_until_it_answers(&self, underlay: &Underlay) {
+        let address = (Underlay::ROUTER, self.port);
+        eventually(
+            "the coordination server answers",
+            Duration::from_secs(10),
+            || underlay.router.run(|| TcpStream::connect(address)).is_ok(),
+        );
+    }
+}
+
+fn spawn(underlay: &Underlay, port: u16, domain: &str, state: &TempDir) -> Process {
+    let mut command = underlay.router.command(program("tailnode-control"));
+    command
+        .args(["serve", "--url", &url(port), "--domain", domain])
+        .args(["--listen", &format!("{}:{port}", Underlay::ROUTER)])
+        .args(["--stun", &format!("{}:{}", Underlay::ROUTER, port + 1)])
+        .arg("--state")
+        .arg(state.path());
+    Process::spawn(command, state.path().join("test.log"))
+}
+
+fn url(port: u16) -> String {
+    format!("http://{}:{port}", Underlay::ROUTER)
+}

@@ -1,0 +1,128 @@
+use std::{
+    cell::Cell,
+    io,
+    net::{Ipv4Addr, TcpListener},
+};
+
+use crate::Namespace;
+
+/// The network below the tailnet: a router, and hosts that reach one another only through it.
+pub struct Underlay {
+    pub(crate) router: Namespace,
+    hosts: Cell<u8>,
+}
+
+impl Underlay {
+    /// The router's address, where the coordination servers listen.
+    pub const ROUTER: Ipv4Addr = Ipv4Addr::new(10, 9, 0, 1);
+
+    /// A router, and no hosts yet.
+    #[allow(
+        clippy::new_without_default,
+        reason = "a network is a thing, not a value"
+    )]
+    pub fn new() -> Underlay {
+        let router = Namespace::new();
+        router.sh("sysctl -qw net.ipv4.ip_forward=1");
+        router.ip(&format!("address add {}/32 dev lo", Underlay::ROUTER));
+        Underlay {
+            router,
+            hosts: Cell::new(0),
+        }
+    }
+
+    /// A new host on a link of its own.
+    pub fn host(&self) -> Namespace {
+        let number = self.hosts.get() + 1;
+        self.hosts.set(number);
+        host(&self.router, number, &format!("10.9.{number}"))
+    }
+
+    /// A new host that has IPv6 as well, which the others of its kind reach.
+    pub fn dual_host(&self) -> Namespace {
+        let host = self.host();
+        let number = self.hosts.get();
+        let (gateway, address) = (
+            format!("2001:db8:{number}::1"),
+            format!("2001:db8:{number}::2"),
+        );
+        self.router.sh("sysctl -qw net.ipv6.conf.all.forwarding=1");
+        self.router
+            .ip(&format!("address add {gateway}/64 dev host{number} nodad"));
+        host.ip(&format!("address add {address}/64 dev eth0 nodad"));
+        host.ip(&format!("route add default via {gateway}"));
+        host
+    }
+
+    /// A new router with hosts of its own behind it, all of whom have its address outside.
+    pub fn nat(&self) -> Nat {
+        let router = self.host();
+        router.sh("sysctl -qw net.ipv4.ip_forward=1");
+        // A port of an inner host is open only to whom that host has sent from it. The router itself
+        // must take nothing: a packet that it did would occupy the flow that the host opens next.
+        for line in [
+            "add table ip nat",
+            "add chain ip nat leaving { type nat hook postrouting priority 100 ; }",
+            "add rule ip nat leaving oifname eth0 masquerade",
+            "add chain ip nat entering { type filter hook forward priority 0 ; }",
+            "add rule ip nat entering iifname eth0 ct state new drop",
+            "add chain ip nat taking { type filter hook input priority 0 ; }",
+            "add rule ip nat taking iifname eth0 ct state new drop",
+        ] {
+            router.sh(&format!("nft {line}"));
+        }
+        Nat {
+            router,
+            hosts: Cell::new(0),
+        }
+    }
+
+    /// A port on the router that takes connections and never says anything on them.
+    pub fn silent_listener(&self, port: u16) -> io::Result<TcpListener> {
+        self.router
+            .run(|| TcpListener::bind((Underlay::ROUTER, port)))
+    }
+
+    /// Lets no UDP over IPv4 pass from host to host, so that relays are left, and IPv6.
+    pub fn block_udp(&self) {
+        self.router.sh("nft add table ip underlay");
+        self.router
+            .sh("nft add chain ip underlay forward { type filter hook forward priority 0 ; }");
+        self.router
+            .sh("nft add rule ip underlay forward meta l4proto udp drop");
+    }
+
+    /// Ends what [`Underlay::block_udp`] began.
+    pub fn unblock_udp(&self) {
+        self.router.sh("nft delete table ip underlay");
+    }
+}
+
+/// A router that hides the hosts behind it. Lives for as long as they are to be connected.
+pub struct Nat {
+    router: Namespace,
+    hosts: Cell<u8>,
+}
+
+impl Nat {
+    /// A new host behind it, on a link of its own.
+    pub fn host(&self) -> Namespace {
+        let number = self.hosts.get() + 1;
+        self.hosts.set(number);
+        host(&self.router, number, &format!("192.168.{number}"))
+    }
+}
+
+/// A host whose only way anywhere is through the router.
+fn host(router: &Namespace, number: u8, network: &str) -> Namespace {
+    let host = Namespace::new();
+    router.link(
+        &format!("host{number}"),
+        &format!("{network}.1/24"),
+        &host,
+        "eth0",
+        &format!("{network}.2/24"),
+    );
+    host.ip(&format!("route add default via {network}.1"));
+    host
+}

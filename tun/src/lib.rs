@@ -1,0 +1,21 @@
+//! A TUN device, and the network namespace that it lives in.
+//!
+//! A container's device is made in the host's namespace with [`create`], taken into the container's
+//! with [`move_into`] and set up there with [`configure`]. The file descriptor goes on working in
+//! the process that holds it. When the namespace dies the descriptor polls as an error: that is how
+//! a node learns that its container is gone.
+//!
+//! Everything here blocks, for well under a millisecond a call: in an async program, call it from
+//! a blocking thread.
+
+mod device;
+mod error;
+mod interface;
+mod ioctl;
+mod netlink;
+mod netns;
+
+pub use device::{create, device_name, is_up, move_into, remove};
+pub use error::Error;
+pub use interface::{Interface, configure};
+pub use netns::Netns;
