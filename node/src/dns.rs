@@ -296,7 +296,7 @@ impl Server {
 
 #[cfg(test)]
 mod tests {
-    use std::{collections::BTreeMap, time::Duration};
+    use std::{collections::BTreeMap, io::ErrorKind, time::Duration};
 
     use hickory_proto::{
         op::{Message, MessageType, ResponseCode},
@@ -388,9 +388,16 @@ mod tests {
 
     /// A name server on loopback, by UDP and TCP, which first sends forged answers by UDP.
     async fn name_server() -> SocketAddr {
-        let udp = UdpSocket::bind("127.0.0.1:0").await.unwrap();
-        let address = udp.local_addr().unwrap();
-        let tcp = TcpListener::bind(address).await.unwrap();
+        let (udp, tcp, address) = loop {
+            let udp = UdpSocket::bind("127.0.0.1:0").await.unwrap();
+            let address = udp.local_addr().unwrap();
+            match TcpListener::bind(address).await {
+                Ok(tcp) => break (udp, tcp, address),
+                // A port that is free for UDP may be somebody's by TCP.
+                Err(e) if e.kind() == ErrorKind::AddrInUse => {}
+                Err(e) => panic!("binding {address}: {e}"),
+            }
+        };
         tokio::spawn(async move {
             let mut buffer = [0; 1500];
             loop {
