@@ -1,6 +1,6 @@
 # The tasks of people who work on tailnode or install it; cargo builds it.
 .DEFAULT_GOAL := help
-.PHONY: help build demo test interop check install uninstall
+.PHONY: help build demo test units namespaces engines interop check install uninstall
 
 # Finds cargo although sudo resets PATH, and leaves no files of root's in the tree.
 cargo := integration/cargo
@@ -15,14 +15,21 @@ build: ## compile the programs for release
 demo: ## (root) see it work: two containers, two engines, one tailnet
 	@integration/demo
 
-test: ## (root) all tests: units, network namespaces, Podman and Docker in a lab
+test: ## (root) all tests: units, network namespaces, peers, Podman and Docker in a lab
 	@[ "$$(id -u)" = 0 ] || { echo "make test: run me as root (sudo make test); 'cargo test' runs what needs no root" >&2; exit 1; }
-	$(cargo) test --workspace
+	@$(MAKE) --no-print-directory --keep-going units namespaces interop engines
+
+units:
+	$(cargo) test --no-fail-fast --workspace
+
+namespaces:
 	@# Built as the tree's owner, run as root.
-	@set -e; $(cargo) build --workspace --bins; \
+	@set -e; $(cargo) build --workspace --bins; failed=; \
 	for test in $$($(cargo) test -p tailnode-tests --no-run --message-format=json | sed -nE 's/.*"executable":"([^"]+)".*/\1/p'); do \
-		echo "$$test --ignored"; (cd tests && "$$test" --ignored --test-threads 1); \
-	done
+		echo "$$test --ignored"; (cd tests && "$$test" --ignored --test-threads 1) || failed=yes; \
+	done; [ ! "$$failed" ]
+
+engines:
 	integration/engines
 
 interop: ## (root) our nodes with the programs of others: Tailscale's client and test server, Headscale
