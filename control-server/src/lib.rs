@@ -37,6 +37,7 @@ use std::{
 };
 
 use chrono::Utc;
+use ipnet::IpNet;
 use tailnode_wire::{
     stun,
     tailcfg::{DerpMap, DerpNode, DerpRegion, NodeId, RegionId},
@@ -59,7 +60,7 @@ mod web;
 
 pub use policy::{Policy, PolicyError};
 pub use store::AuthKey;
-pub use tailnet::{KeySpec, NodeSummary};
+pub use tailnet::{KeySpec, NodeSummary, RouteSummary};
 
 use crate::{
     relay::Relay,
@@ -206,9 +207,30 @@ pub enum Error {
         /// Who would own the node.
         user: String,
     },
+    /// A route to approve that the node does not offer.
+    #[error(
+        "node {id} does not offer the route {route}; it offers {}",
+        listed(offered)
+    )]
+    RouteNotOffered {
+        /// The node.
+        id: NodeId,
+        /// What was to be approved.
+        route: IpNet,
+        /// What could be.
+        offered: Vec<IpNet>,
+    },
     /// All addresses are taken.
     #[error("all addresses of 100.64.0.0/10 are taken; delete nodes that are gone")]
     NoAddress,
+}
+
+fn listed(routes: &[IpNet]) -> String {
+    if routes.is_empty() {
+        return "none".to_owned();
+    }
+    let routes: Vec<_> = routes.iter().map(ToString::to_string).collect();
+    routes.join(", ")
 }
 
 /// A running server; it ends when this is dropped.

@@ -12,6 +12,7 @@ use std::{
 use anyhow::{anyhow, bail};
 use chrono::{DateTime, Utc};
 use clap::{Args, Parser, Subcommand};
+use ipnet::IpNet;
 use tailnode_control_server::{
     Config, DEFAULT_DOMAIN, KeySpec, Server,
     admin::{self, Answer, Request},
@@ -40,6 +41,9 @@ enum Command {
     /// The nodes that have joined or want to.
     #[command(subcommand)]
     Node(NodeCommand),
+    /// The subnets and exits that nodes offer; `node list` shows them.
+    #[command(subcommand)]
+    Route(RouteCommand),
     /// Who may reach whom.
     #[command(subcommand)]
     Policy(PolicyCommand),
@@ -150,6 +154,25 @@ enum NodeCommand {
 }
 
 #[derive(Subcommand)]
+enum RouteCommand {
+    /// Let a node route what it offers; autoApprovers in the policy do so without being asked.
+    Approve(Routes),
+    /// Take an approval back.
+    Revoke(Routes),
+}
+
+#[derive(Args)]
+struct Routes {
+    /// The node's number.
+    node: i64,
+    /// Such as 10.0.0.0/24; 0.0.0.0/0 for an exit.
+    #[arg(required = true)]
+    routes: Vec<IpNet>,
+    #[command(flatten)]
+    state: StateDir,
+}
+
+#[derive(Subcommand)]
 enum PolicyCommand {
     /// Say what is wrong with a policy file, if anything is.
     Check {
@@ -214,6 +237,14 @@ async fn run(command: Command) -> anyhow::Result<()> {
             let text = std::fs::read_to_string(&file)
                 .map_err(|error| anyhow!("policy file {}: {error}", file.display()))?;
             ask(state, Request::SetPolicy { text }).await
+        }
+        Command::Route(RouteCommand::Approve(args)) => {
+            let (id, routes) = (args.node, args.routes);
+            ask(args.state, Request::ApproveRoutes { id, routes }).await
+        }
+        Command::Route(RouteCommand::Revoke(args)) => {
+            let (id, routes) = (args.node, args.routes);
+            ask(args.state, Request::RevokeRoutes { id, routes }).await
         }
         Command::Key(KeyCommand::Create(args)) => {
             let spec = KeySpec {
@@ -281,6 +312,15 @@ async fn ask(state: StateDir, request: Request) -> anyhow::Result<()> {
                 notes.extend(node.ephemeral.then(|| "ephemeral".to_owned()));
                 notes.extend(node.expired.then(|| "expired".to_owned()));
                 notes.extend(node.tags);
+                notes.extend(node.routes.iter().map(|route| {
+                    let net = route.route;
+                    let state = match (route.approved, route.primary) {
+                        (false, _) => " (not approved)",
+                        (true, false) if net.prefix_len() != 0 => " (stand-by)",
+                        _ => "",
+                    };
+                    format!("routes {net}{state}")
+                }));
                 let (id, name, user) = (node.id, node.name, node.user);
                 let (addresses, notes) = (addresses.join(","), notes.join(", "));
                 print(&format!("{id}\t{name}\t{addresses}\t{user}\t{notes}"))?;

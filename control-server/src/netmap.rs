@@ -270,12 +270,14 @@ fn shown(
 }
 
 /// Who routes each subnet: of those that may, the first that is online, or else the first.
-fn primary_routes(
+pub(crate) fn primary_routes(
     state: &State,
     subjects: &BTreeMap<NodeId, Subject>,
 ) -> BTreeMap<NodeId, BTreeSet<IpNet>> {
     let mut routers: BTreeMap<IpNet, (bool, NodeId)> = BTreeMap::new();
-    for (&id, subject) in subjects {
+    // Nobody sees one whose key has expired.
+    let expired = |id| state.members.get(id).is_some_and(|m| m.expired.is_some());
+    for (&id, subject) in subjects.iter().filter(|(id, _)| !expired(id)) {
         for route in subject
             .routes
             .iter()

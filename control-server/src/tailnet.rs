@@ -10,7 +10,7 @@ use std::{
 };
 
 use chrono::{DateTime, Utc};
-use ipnet::IpNet;
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use tailnode_wire::{
@@ -26,7 +26,7 @@ use url::Url;
 
 use crate::{
     Error,
-    netmap::Census,
+    netmap::{Census, primary_routes},
     policy::{Policy, Subject, is_tag},
     store::{AuthKey, Member, Store},
 };
@@ -85,6 +85,19 @@ pub struct NodeSummary {
     pub expired: bool,
     /// When it was connected or seen last.
     pub last_seen: DateTime<Utc>,
+    /// What it offers to route.
+    pub routes: Vec<RouteSummary>,
+}
+
+/// A route that a node offers, as an administrator sees it.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct RouteSummary {
+    /// The subnet; `0.0.0.0/0` and `::/0`: it is an exit.
+    pub route: IpNet,
+    /// By an administrator or by the policy.
+    pub approved: bool,
+    /// Of those that may route this subnet, it is the node that does. Every exit is one by itself.
+    pub primary: bool,
 }
 
 /// What does not change while the server runs.
@@ -330,6 +343,7 @@ impl State {
                 hostinfo: Hostinfo::default(),
                 endpoints: Vec::new(),
                 home_derp: 0,
+                approved_routes: BTreeSet::new(),
             },
         };
         self.rename(&mut member, &hostinfo.hostname);
@@ -721,8 +735,9 @@ impl State {
             addresses: addresses(member.ipv4).to_vec(),
             routes: Vec::new(),
         };
-        let offered = member.hostinfo.routable_ips.iter().map(IpNet::trunc);
-        let approved = offered.filter(|route| self.policy.approves(&subject, route));
+        let approved = offered(member).filter(|route| {
+            member.approved_routes.contains(route) || self.policy.approves(&subject, route)
+        });
         subject.routes = approved.collect();
         subject
     }
@@ -769,7 +784,40 @@ impl State {
         })
     }
 
+    /// Lets a node route what it offers.
+    pub fn approve_routes(&mut self, id: NodeId, routes: &[IpNet]) -> Result<(), Error> {
+        let mut member = self.members.get(&id).cloned().ok_or(Error::NoNode { id })?;
+        for route in with_both_exits(routes) {
+            if !offered(&member).any(|offer| offer == route) {
+                return Err(Error::RouteNotOffered {
+                    id,
+                    route,
+                    offered: offered(&member).collect(),
+                });
+            }
+            member.approved_routes.insert(route);
+        }
+        self.keep(member)
+    }
+
+    /// Takes that back. What the policy approves by itself stays approved.
+    pub fn revoke_routes(&mut self, id: NodeId, routes: &[IpNet]) -> Result<(), Error> {
+        let mut member = self.members.get(&id).cloned().ok_or(Error::NoNode { id })?;
+        for route in with_both_exits(routes) {
+            member.approved_routes.remove(&route);
+        }
+        self.keep(member)
+    }
+
     pub fn nodes(&self) -> Vec<NodeSummary> {
+        let subjects = self.members.values().map(|m| (m.id, self.subject(m)));
+        let subjects: BTreeMap<NodeId, Subject> = subjects.collect();
+        let primaries = primary_routes(self, &subjects);
+        let route = |id: NodeId, route: IpNet| RouteSummary {
+            route,
+            approved: subjects[&id].routes.contains(&route),
+            primary: primaries.get(&id).is_some_and(|all| all.contains(&route)),
+        };
         let summary = |member: &Member| NodeSummary {
             id: member.id,
             name: format!("{}.{}", member.name, self.site.domain),
@@ -780,6 +828,7 @@ impl State {
             ephemeral: member.ephemeral,
             expired: member.expired.is_some(),
             last_seen: member.last_seen,
+            routes: offered(member).map(|net| route(member.id, net)).collect(),
         };
         self.members.values().map(summary).collect()
     }
@@ -791,6 +840,19 @@ impl State {
         self.policy = policy;
         Ok(())
     }
+}
+
+/// What a node offers to route.
+fn offered(member: &Member) -> impl Iterator<Item = IpNet> {
+    member.hostinfo.routable_ips.iter().map(IpNet::trunc)
+}
+
+/// An exit is one for both families, or peers of Go's kind do not take it for one.
+fn with_both_exits(routes: &[IpNet]) -> BTreeSet<IpNet> {
+    let exits = [Ipv4Net::default().into(), Ipv6Net::default().into()];
+    let is_exit = routes.iter().any(|route| route.prefix_len() == 0);
+    let exits = exits.into_iter().filter(|_| is_exit);
+    routes.iter().copied().chain(exits).collect()
 }
 
 /// The login name under which a node is shown.

@@ -15,6 +15,7 @@ use http::{HeaderValue, Method, Request, Response, StatusCode, header};
 use http_body_util::{BodyExt, Empty, Full};
 use hyper::{body::Incoming, client::conn::http2};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use ipnet::IpNet;
 use serde::Serialize;
 use tailnode_wire::{
     CAPABILITY_VERSION, noise,
@@ -99,6 +100,8 @@ pub struct Config {
     pub hostname: String,
     /// Tags to ask for, `tag:` included.
     pub tags: Vec<String>,
+    /// Subnets to offer.
+    pub routes: Vec<IpNet>,
     /// Ask to be forgotten when gone.
     pub ephemeral: bool,
     /// Whom to trust: [`dial::tls_config`].
@@ -934,6 +937,7 @@ fn hostinfo(config: &Config) -> Hostinfo {
         .into(),
         app: "tailnode".into(),
         request_tags: config.tags.clone(),
+        routable_ips: config.routes.clone(),
         no_logs_no_support: true,
         ..Hostinfo::default()
     }
@@ -983,6 +987,7 @@ mod tests {
                 auth_key,
                 hostname: hostname.into(),
                 tags: Vec::new(),
+                routes: Vec::new(),
                 ephemeral: false,
                 tls: dial::tls_config(),
             };

@@ -750,6 +750,7 @@ mod tests {
             auth_key: Some(control::Secret::new(server.create_key(spec).unwrap())),
             hostname: "member".into(),
             tags: Vec::new(),
+            routes: Vec::new(),
             ephemeral: false,
             tls: dial::tls_config(),
         };

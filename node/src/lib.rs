@@ -15,12 +15,14 @@ mod node;
 mod packet;
 mod path;
 mod router;
+mod routes;
 mod segment;
 mod state;
 mod status;
 mod udp;
 
 pub use dns::Zone;
-pub use node::{Config, Error, Identity, Node, Secret};
+pub use node::{Config, Error, Identity, Node, Reach, Secret};
+pub use routes::{ExitNode, Preferences as RoutePreferences, Status as RouteStatus};
 pub use segment::Segment;
 pub use status::{Login, PeerPath, PeerStatus, Status};

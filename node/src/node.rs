@@ -34,6 +34,7 @@ use crate::{
     netmap::{Changes, Netmap},
     packet::Packet,
     router::{Out, Router, Taken, To},
+    routes::Preferences,
     segment::{Crossing, Membership, Segment},
     state::{self, Store},
     status::{Login, Status},
@@ -72,6 +73,8 @@ pub struct Config {
     pub hostname: String,
     /// Tags to ask for, `tag:` included.
     pub tags: Vec<String>,
+    /// Which of the tailnet's routes to take and to offer.
+    pub routes: Preferences,
     /// Ask to be forgotten when gone.
     pub ephemeral: bool,
     /// Suffixes of names that another resolver of the container knows: not asked of the host's.
@@ -89,6 +92,15 @@ pub struct Identity {
     pub addresses: Vec<IpAddr>,
     /// Domains to complete short names with.
     pub search_domains: Vec<String>,
+}
+
+/// Which networks are reached through a node's peers.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Reach {
+    /// The peers' own addresses.
+    pub peers: Vec<IpNet>,
+    /// Subnets behind them, those of an exit left out.
+    pub subnets: Vec<IpNet>,
 }
 
 /// Why a node cannot start or is not ready.
@@ -163,7 +175,7 @@ struct Shared {
     hostname: String,
     identity: watch::Receiver<Known>,
     login: watch::Receiver<Login>,
-    routes: watch::Receiver<Vec<IpNet>>,
+    reach: watch::Receiver<Reach>,
     zone: Zone,
 }
 
@@ -222,17 +234,19 @@ impl Node {
         let (commands, commands_rx) = mpsc::channel(16);
         let (identity_tx, identity) = watch::channel(Known::default());
         let (login_tx, login) = watch::channel(Login::Starting);
-        let (routes_tx, routes) = watch::channel(Vec::new());
+        let (reach_tx, reach) = watch::channel(Reach::default());
 
         let plain_http = config.login_server.scheme() == "http";
         let relays = derp::Relays::new(keys.node.clone(), tls.clone(), plain_http, incoming_tx);
-        let router = Router::new(&keys);
+        let mut router = Router::new(&keys);
+        router.prefer(config.routes.clone());
         let session = control::spawn(
             control::Config {
                 login_server: config.login_server.clone(),
                 auth_key: config.auth_key,
                 hostname: config.hostname.clone(),
                 tags: config.tags,
+                routes: config.routes.offered(),
                 ephemeral: config.ephemeral,
                 tls,
             },
@@ -276,7 +290,8 @@ impl Node {
             zone: zone.clone(),
             known: identity_tx,
             login: login_tx,
-            routes: routes_tx,
+            reach: reach_tx,
+            routes: config.routes,
             rx_bytes: 0,
             tx_bytes: 0,
             segment: None,
@@ -304,7 +319,7 @@ impl Node {
                 hostname: config.hostname,
                 identity,
                 login,
-                routes,
+                reach,
                 zone,
             }),
         })
@@ -385,6 +400,7 @@ impl Node {
             login_server: self.shared.server.to_string(),
             home_relay: String::new(),
             health: Vec::new(),
+            routes: crate::routes::Status::default(),
             peers: Vec::new(),
             rx_bytes: 0,
             tx_bytes: 0,
@@ -429,9 +445,9 @@ impl Node {
         let _ = self.commands.send(Command::Join(segment, address)).await;
     }
 
-    /// The addresses of the peers, as they change.
-    pub fn routes(&self) -> watch::Receiver<Vec<IpNet>> {
-        self.shared.routes.clone()
+    /// What is reached through the peers, as it changes.
+    pub fn reach(&self) -> watch::Receiver<Reach> {
+        self.shared.reach.clone()
     }
 }
 
@@ -465,7 +481,8 @@ struct Task {
     zone: Zone,
     known: watch::Sender<Known>,
     login: watch::Sender<Login>,
-    routes: watch::Sender<Vec<IpNet>>,
+    reach: watch::Sender<Reach>,
+    routes: Preferences,
     rx_bytes: u64,
     tx_bytes: u64,
     segment: Option<Membership>,
@@ -685,7 +702,7 @@ impl Task {
         let now = Instant::now();
         self.stir(now);
         SCRATCH.with_borrow_mut(|Scratch { out, .. }| {
-            self.router.on_tun(question, now, out);
+            self.router.on_question(question, now, out);
             self.flush(out)
         })
     }
@@ -937,17 +954,7 @@ impl Task {
             }
         }
         if changes.all_peers || !changes.peers.is_empty() {
-            let routes = self
-                .netmap
-                .peers
-                .values()
-                .flat_map(|peer| peer.addresses.clone())
-                .collect();
-            self.routes.send_if_modified(|known| {
-                let changed = *known != routes;
-                *known = routes;
-                changed
-            });
+            self.publish_reach();
         }
         let identity = self.identity();
         if identity.addresses.is_empty() {
@@ -959,6 +966,31 @@ impl Task {
                 identity: Some(identity),
                 live,
             };
+            changed
+        });
+    }
+
+    /// Tells what leads to peers: their addresses, and the subnets that are taken from them.
+    fn publish_reach(&self) {
+        let (mut reach, mut routed) = (Reach::default(), Vec::new());
+        for peer in self.netmap.peers.values().filter(|peer| !peer.expired) {
+            let taken = self.routes.taken(peer, &self.netmap.myself);
+            let subnets = taken
+                .into_iter()
+                .filter(|net| !peer.addresses.contains(net));
+            routed.extend(subnets);
+            reach.peers.extend(&peer.addresses);
+        }
+        self.zone.set_routed(&routed);
+        routed.retain(|net| net.prefix_len() > 0);
+        reach.subnets = routed;
+        // The peers are in no order.
+        reach.peers.sort_unstable();
+        reach.subnets.sort_unstable();
+        reach.subnets.dedup();
+        self.reach.send_if_modified(|known| {
+            let changed = *known != reach;
+            *known = reach;
             changed
         });
     }
@@ -1003,6 +1035,10 @@ impl Task {
         let Identity {
             name, addresses, ..
         } = self.identity();
+        let (myself, peers) = (&self.netmap.myself, self.netmap.peers.values());
+        let (routes, trouble) = self.routes.status(myself, peers);
+        let mut health = self.netmap.health_lines();
+        health.extend(trouble);
         Status {
             hostname: self.hostname.clone(),
             name,
@@ -1014,7 +1050,8 @@ impl Task {
             } else {
                 region(self.report.home)
             },
-            health: self.netmap.health_lines(),
+            health,
+            routes,
             peers: self.router.peers(now, region),
             rx_bytes: self.rx_bytes,
             tx_bytes: self.tx_bytes,
@@ -1150,6 +1187,7 @@ mod tests {
             auth_key: None,
             hostname: "a".into(),
             tags: Vec::new(),
+            routes: Preferences::default(),
             ephemeral: true,
             names_elsewhere: Vec::new(),
             tun,

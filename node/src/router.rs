@@ -34,6 +34,7 @@ use crate::{
     netmap::{Changes, Netmap},
     packet::{self, Packet, Transport, protocol},
     path::{Action, Path, Route},
+    routes::Preferences,
     state::Keys,
     status::{PeerPath, PeerStatus},
 };
@@ -222,6 +223,7 @@ pub struct Router {
     by_key: HashMap<NodePublicKey, usize>,
     by_disco: HashMap<DiscoPublicKey, usize>,
     routes: ts_bart::Table<usize>,
+    preferences: Preferences,
     filter: Filter,
     endpoints: Vec<SocketAddr>,
     actions: Vec<Action>,
@@ -262,6 +264,12 @@ impl Peer {
         (region != 0).then_some(To::Relay(region, self.key))
     }
 
+    /// What is taken from it besides its own addresses.
+    fn subnets(&self) -> impl Iterator<Item = IpNet> {
+        let is_subnet = |net: &&IpNet| !self.addresses.contains(&net.addr());
+        self.routes.iter().filter(is_subnet).copied()
+    }
+
     fn is_in_session(&self) -> bool {
         let tunnel = self.tunnel.as_ref();
         tunnel.is_some_and(|tunnel| tunnel.time_since_last_handshake().is_some())
@@ -285,10 +293,16 @@ impl Router {
             by_key: HashMap::new(),
             by_disco: HashMap::new(),
             routes: ts_bart::Table::default(),
+            preferences: Preferences::default(),
             filter: Filter::default(),
             endpoints: Vec::new(),
             actions: Vec::new(),
         }
+    }
+
+    /// Says which routes to take and to offer; to be called before the first map.
+    pub fn prefer(&mut self, preferences: Preferences) {
+        self.preferences = preferences;
     }
 
     /// Takes over what `changes` names from the map.
@@ -304,18 +318,19 @@ impl Router {
                 self.remove(id);
             }
             for node in netmap.peers.values() {
-                self.upsert(node, now);
+                self.upsert(node, &netmap.myself, now);
             }
         } else {
             for id in &changes.peers {
                 match netmap.peers.get(id) {
-                    Some(node) => self.upsert(node, now),
+                    Some(node) => self.upsert(node, &netmap.myself, now),
                     None => self.remove(*id),
                 }
             }
         }
         if changes.myself {
-            self.filter.set_local(netmap.myself.allowed_ips());
+            let local = self.preferences.local(&netmap.myself);
+            self.filter.set_local(&local);
         }
         // Rules may name peers by capability; those change with the peers.
         let by_capability = || {
@@ -366,26 +381,45 @@ impl Router {
             return Taken::Dropped;
         };
         let slot = self.routes.lookup(packet.dst()).copied();
-        // Port 53 of a server that is no peer is a query that the engine's own resolver sent on.
+        // Port 53 of a server that is no peer's is a query that the engine's own resolver sent on.
         if packet.dst() == SERVICE_V4
             || packet.dst() == SERVICE_V6
-            || (slot.is_none() && is_query(&packet))
+            || is_query(&packet) && slot.is_none_or(|slot| self.leads_out(slot, packet.dst()))
         {
             return Taken::ForResolver;
         }
-        let Some(slot) = slot else {
-            return Taken::Dropped;
-        };
+        match slot {
+            Some(slot) => self.leave(slot, &packet, now, out),
+            None => Taken::Dropped,
+        }
+    }
+
+    /// A question of the node's own resolver, to a server that is reached through the tailnet.
+    pub fn on_question(&mut self, bytes: &[u8], now: Instant, out: &mut Out) {
+        if let Ok(packet) = Packet::parse(bytes)
+            && let Some(&slot) = self.routes.lookup(packet.dst())
+        {
+            self.leave(slot, &packet, now, out);
+        }
+    }
+
+    /// Whether an address is reached through the peer only because that is the exit.
+    fn leads_out(&self, slot: usize, address: IpAddr) -> bool {
+        let mut routes = self.peers[slot].routes.iter();
+        !routes.any(|net| net.prefix_len() > 0 && net.contains(&address))
+    }
+
+    fn leave(&mut self, slot: usize, packet: &Packet<'_>, now: Instant, out: &mut Out) -> Taken {
         // Nodes talk among themselves by it, and peers believe it.
         if packet.protocol() == protocol::TSMP {
             return Taken::Dropped;
         }
-        if let Verdict::Drop(reason) = self.filter.outbound(&packet, now) {
+        if let Verdict::Drop(reason) = self.filter.outbound(packet, now) {
             trace!(?reason, dst = %packet.dst(), "dropped an outgoing packet");
             return Taken::Dropped;
         }
-        self.peers[slot].tx_bytes += bytes.len() as u64;
-        self.seal(slot, bytes, now, out);
+        self.peers[slot].tx_bytes += packet.bytes().len() as u64;
+        self.seal(slot, packet.bytes(), now, out);
         Taken::Sent
     }
 
@@ -499,6 +533,7 @@ impl Router {
                 name: peer.name.clone(),
                 addresses: peer.addresses.clone(),
                 online: peer.online,
+                routes: peer.subnets().collect(),
                 path: match peer.path.direct(now) {
                     Some(address) => PeerPath::Direct { address },
                     None => match peer.relay() {
@@ -516,7 +551,7 @@ impl Router {
         peers
     }
 
-    fn upsert(&mut self, node: &tailcfg::Node, now: Instant) {
+    fn upsert(&mut self, node: &tailcfg::Node, myself: &tailcfg::Node, now: Instant) {
         // A peer with a new key is another WireGuard peer: begin anew.
         if let Some(&slot) = self.by_id.get(&node.id)
             && self.peers[slot].key != node.key
@@ -573,23 +608,31 @@ impl Router {
                 self.by_disco.insert(new, slot);
             }
         }
-        // Subnets behind a peer are not taken: a node accepts routes only where it is told to.
-        let routes: Vec<IpNet> = node
-            .allowed_ips()
-            .iter()
-            .filter(|net| net.prefix_len() == net.max_prefix_len() && node.addresses.contains(net))
-            .copied()
-            .collect();
+        let routes = self.preferences.taken(node, myself);
         if peer.routes != routes {
             for net in std::mem::replace(&mut peer.routes, routes.clone()) {
-                if self.routes.lookup(net.addr()) == Some(&slot) {
-                    self.routes.remove(net);
-                }
+                self.take_route(net, slot);
             }
             for net in routes {
                 self.routes.insert(net, slot);
             }
         }
+    }
+
+    /// Takes a route from a peer that has it. Of several who may have a subnet, another gets it.
+    fn take_route(&mut self, net: IpNet, from: usize) {
+        if self.routes.lookup_prefix_exact(net) != Some(&from) {
+            return;
+        }
+        let mut others = self.peers.iter().filter(|(slot, _)| *slot != from);
+        let heir = match net.prefix_len() == net.max_prefix_len() {
+            true => None,
+            false => others.find(|(_, peer)| peer.routes.contains(&net)),
+        };
+        match heir.map(|(slot, _)| slot) {
+            Some(slot) => self.routes.insert(net, slot),
+            None => self.routes.remove(net),
+        };
     }
 
     fn remove(&mut self, id: NodeId) {
@@ -607,9 +650,7 @@ impl Router {
             self.by_disco.remove(&key);
         }
         for net in peer.routes {
-            if self.routes.lookup(net.addr()) == Some(&slot) {
-                self.routes.remove(net);
-            }
+            self.take_route(net, slot);
         }
         debug!(peer = %peer.name, id = peer.id, "peer removed");
     }
@@ -1409,6 +1450,76 @@ mod tests {
         assert_eq!(ask("9.9.9.9:53"), Taken::ForResolver);
         assert_eq!(ask("9.9.9.9:54"), Taken::Dropped);
         assert_eq!(ask("100.64.0.2:53"), Taken::Sent);
+    }
+
+    #[test]
+    fn two_routers_of_one_subnet_relieve_each_other() {
+        let mut world = World::new(true, |_| allow_all());
+        world.hosts[1].router.prefer(Preferences {
+            accept: true,
+            ..Preferences::default()
+        });
+        let subnets = |nets: &[&str]| {
+            let nets = nets.iter().map(|net| net.parse().unwrap());
+            nets.collect::<Vec<IpNet>>()
+        };
+        let routing = |id, ip: &str, nets: &[&str]| {
+            let mut node = tailcfg::Node::new(id, Keys::random().node.public);
+            node.addresses = subnets(&[ip]);
+            node.allowed_ips = Some([node.addresses.clone(), subnets(nets)].concat());
+            node
+        };
+        let way = |world: &World, ip: [u8; 4]| {
+            let router = &world.hosts[1].router;
+            let slot = router.routes.lookup(ip.into());
+            slot.map(|&slot| router.peers[slot].id)
+        };
+        let wide = routing(7, "100.64.0.7/32", &["10.0.0.0/8", "10.0.0.0/24"]);
+        let narrow = routing(8, "100.64.0.8/32", &["10.0.0.0/24"]);
+        tell(
+            &mut world,
+            &[(7, wide.clone()), (8, narrow.clone())],
+            &[7, 8],
+        );
+        assert_eq!(way(&world, [10, 9, 9, 9]), Some(7));
+        assert_eq!(way(&world, [10, 0, 0, 9]), Some(8));
+        // The second loses the subnet, and the first still has it.
+        let without = routing(8, "100.64.0.8/32", &[]);
+        let without = tailcfg::Node {
+            key: narrow.key,
+            ..without
+        };
+        tell(&mut world, &[(7, wide.clone()), (8, without)], &[8]);
+        assert_eq!(way(&world, [10, 0, 0, 9]), Some(7));
+        tell(&mut world, &[(7, wide), (8, narrow.clone())], &[8]);
+        tell(&mut world, &[(8, narrow)], &[7]);
+        assert_eq!(way(&world, [10, 9, 9, 9]), None);
+        assert_eq!(way(&world, [10, 0, 0, 9]), Some(8));
+    }
+
+    #[test]
+    fn an_exit_takes_everything_but_questions_of_the_engine() {
+        let mut world = World::new(true, |_| allow_all());
+        let mut exit = world.node(0);
+        exit.allowed_ips = Some([&*exit.addresses, &crate::routes::EVERYWHERE].concat());
+        let us = world.hosts[1].ip;
+        let mut taken = |exit_node, to: &str| {
+            let preferences = Preferences {
+                exit_node,
+                ..Preferences::default()
+            };
+            world.hosts[1].router.prefer(preferences);
+            tell(&mut world, &[(0, exit.clone())], &[0]);
+            let packet = packet::udp(SocketAddr::new(us, 5000), to.parse().unwrap(), b"").unwrap();
+            let mut out = Out::default();
+            let router = &mut world.hosts[1].router;
+            router.on_tun(&packet, world.now, &mut out)
+        };
+        let named = || Some(crate::routes::ExitNode::Name("host0.example".into()));
+        assert_eq!(taken(None, "192.0.2.1:80"), Taken::Dropped);
+        assert_eq!(taken(named(), "192.0.2.1:80"), Taken::Sent);
+        assert_eq!(taken(named(), "192.0.2.1:53"), Taken::ForResolver);
+        assert_eq!(taken(named(), "100.64.0.1:53"), Taken::Sent);
     }
 
     #[test]

@@ -1,9 +1,11 @@
 // testcontrol serves the control server of Tailscale's own tests, whose tailnet has one relay.
-// Everything is in memory, and everyone may reach everyone.
+// Everything is in memory, and everyone may reach everyone. The form of POST /routes (node, a host
+// name, and any number of route) says what a node routes from then on.
 package main
 
 import (
 	"flag"
+	"fmt"
 	"log"
 	"net/http"
 	"net/netip"
@@ -22,7 +24,7 @@ func main() {
 	flag.Parse()
 	relayAt := netip.MustParseAddrPort(*relay)
 
-	log.Fatal(http.ListenAndServe(*listen, &testcontrol.Server{
+	server := &testcontrol.Server{
 		ExplicitBaseURL:  "http://" + *listen,
 		RequireAuthKey:   *authKey,
 		MagicDNSDomain:   *domain,
@@ -46,5 +48,33 @@ func main() {
 				STUNPort: *stunPort,
 			}},
 		}}},
-	}))
+	}
+	http.HandleFunc("POST /routes", func(w http.ResponseWriter, r *http.Request) {
+		if err := setRoutes(server, r); err != nil {
+			http.Error(w, err.Error(), http.StatusBadRequest)
+		}
+	})
+	http.Handle("/", server)
+	log.Fatal(http.ListenAndServe(*listen, nil))
+}
+
+func setRoutes(server *testcontrol.Server, r *http.Request) error {
+	if err := r.ParseForm(); err != nil {
+		return err
+	}
+	var routes []netip.Prefix
+	for _, text := range r.PostForm["route"] {
+		route, err := netip.ParsePrefix(text)
+		if err != nil {
+			return err
+		}
+		routes = append(routes, route)
+	}
+	for _, node := range server.AllNodes() {
+		if node.Hostinfo.Hostname() == r.PostForm.Get("node") {
+			server.SetSubnetRoutes(node.Key, routes)
+			return nil
+		}
+	}
+	return fmt.Errorf("no node is called %q", r.PostForm.Get("node"))
 }
