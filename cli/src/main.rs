@@ -35,8 +35,8 @@ named here stays; more may come.
   node                 hostname, name, addresses, login_server, home_relay, health, rx_bytes, tx_bytes
   node.login.state     starting, needs-login (with url), needs-approval, running, offline (with error),
                        refused (with error), expired, stopped
-  node.routes          routed and unused: what it offers and may route, or may not; exit_node: the one
-                       that it is to use; exits: whether it does
+  node.routes          what it offers: routed and unconfirmed; exit_node: the one that it is to use;
+                       exits: whether it does
   node.peers           of each: name, addresses, online (null: not said), routes, rx_bytes, tx_bytes
   node.peers[].path    via: idle, direct (with address) or relay (with region)
 

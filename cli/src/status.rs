@@ -112,10 +112,10 @@ fn routes(routes: &RouteStatus) -> Vec<String> {
     if !routes.routed.is_empty() {
         lines.push(format!("routes {}", list(&routes.routed)));
     }
-    if !routes.unused.is_empty() {
+    if !routes.unconfirmed.is_empty() {
         lines.push(format!(
-            "offers to route {}: not approved, or another node has the turn",
-            list(&routes.unused)
+            "offers to route {} (not confirmed: not approved, or another node has the turn)",
+            list(&routes.unconfirmed)
         ));
     }
     if routes.exits {
@@ -347,7 +347,7 @@ web        podman  tailnet  web.demo.internal  100.64.0.1,fd7a:115c:a1e0::1  run
         let status = Status {
             routes: RouteStatus {
                 routed: nets(&["10.2.0.0/24", "fd00:2::/64"]),
-                unused: nets(&["10.3.0.0/24"]),
+                unconfirmed: nets(&["10.3.0.0/24"]),
                 exit_node: "gw".into(),
                 exits: true,
             },
@@ -360,7 +360,7 @@ web        podman  tailnet  web.demo.internal  100.64.0.1,fd7a:115c:a1e0::1  run
             lines,
             [
                 "  routes 10.2.0.0/24,fd00:2::/64",
-                "  offers to route 10.3.0.0/24: not approved, or another node has the turn",
+                "  offers to route 10.3.0.0/24 (not confirmed: not approved, or another node has the turn)",
                 "  everything leaves by gw",
                 "  gw.t  100.64.0.2  idle  rx 0 B  tx 0 B  routes 10.1.0.0/24,0.0.0.0/0",
             ]

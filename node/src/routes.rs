@@ -44,8 +44,9 @@ impl std::fmt::Display for ExitNode {
 pub struct Status {
     /// What it offers to route and the control server lets it; `0.0.0.0/0` and `::/0`: it is an exit.
     pub routed: Vec<IpNet>,
-    /// What it offers besides: nobody has approved it, or another node has the turn.
-    pub unused: Vec<IpNet>,
+    /// What it offers besides: nobody has approved it, another node has the turn, or the control
+    /// server does not tell routers what they are, as Headscale until they connect again.
+    pub unconfirmed: Vec<IpNet>,
     /// The exit that it is to use, as it was named; empty: none.
     pub exit_node: String,
     /// Whether that one takes its packets.
@@ -133,10 +134,10 @@ impl Preferences {
         mut peers: impl Iterator<Item = &'a Node>,
     ) -> (Status, Option<String>) {
         let approved = |net: &IpNet| myself.allowed_ips().contains(net);
-        let (routed, unused) = self.offered().into_iter().partition(approved);
+        let (routed, unconfirmed) = self.offered().into_iter().partition(approved);
         let mut status = Status {
             routed,
-            unused,
+            unconfirmed,
             ..Status::default()
         };
         let Some(wanted) = &self.exit_node else {
@@ -301,7 +302,7 @@ mod tests {
         };
         let (status, _) = offers.status(&myself, peers.iter());
         assert_eq!(status.routed, nets(&["10.1.0.0/24"]));
-        assert_eq!(status.unused, nets(&["10.2.0.0/24"]));
+        assert_eq!(status.unconfirmed, nets(&["10.2.0.0/24"]));
     }
 
     proptest! {

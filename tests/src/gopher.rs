@@ -105,6 +105,12 @@ impl Gopher {
         ])
     }
 
+    /// Changes its preferences: flags as for `tailscale set`.
+    pub fn set(&self, flags: &[&str]) {
+        self.tailscale(&[&["set"], flags].concat())
+            .unwrap_or_else(|error| panic!("tailscale set {flags:?}: {error}"));
+    }
+
     /// What it knows of the peer of this name, as `tailscale status --json` tells it.
     pub fn peer(&self, name: &str) -> Option<Value> {
         let status = self.status()?;

@@ -1,6 +1,6 @@
 use std::{fs, net::TcpStream, path::Path, process::Command, time::Duration};
 
-use serde_json::json;
+use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use crate::{
@@ -65,6 +65,17 @@ impl Headscale {
         let file = self.state.path().join("policy.hujson");
         fs::write(&file, policy).expect("write the policy");
         self.ask(&["policy", "set", "--file", &file.to_string_lossy()]);
+    }
+
+    /// Lets the node of this name route these subnets from now on, and no others.
+    pub fn set_routes(&self, node: &str, routes: &[&str]) {
+        let text = self.ask(&["nodes", "list", "--output=json"]);
+        let nodes: Value = serde_json::from_str(&text).expect("the nodes as JSON");
+        let mut nodes = nodes.as_array().into_iter().flatten();
+        let node = nodes.find(|known| known["given_name"] == node);
+        let id = node.expect("the node is known")["id"].to_string();
+        let routes = format!("--routes={}", routes.join(","));
+        self.ask(&["nodes", "approve-routes", "--identifier", &id, &routes]);
     }
 
     fn ask(&self, words: &[&str]) -> String {

@@ -1,4 +1,8 @@
-use std::{net::TcpStream, time::Duration};
+use std::{
+    io::{Read, Write},
+    net::TcpStream,
+    time::Duration,
+};
 
 use tempfile::TempDir;
 
@@ -53,6 +57,28 @@ impl Testcontrol {
             });
         }
         testcontrol
+    }
+
+    /// Lets the node of this name route these subnets from now on, and no others.
+    pub fn set_routes(&self, underlay: &Underlay, node: &str, routes: &[&str]) {
+        let mut form = format!("node={node}");
+        for route in routes {
+            form += &format!("&route={}", route.replace(':', "%3A").replace('/', "%2F"));
+        }
+        let request = format!(
+            "POST /routes HTTP/1.0\r\nContent-Type: application/x-www-form-urlencoded\r\n\
+             Content-Length: {}\r\n\r\n{form}",
+            form.len()
+        );
+        let answer = underlay.router.run(|| {
+            let mut stream = TcpStream::connect((Underlay::ROUTER, PORT))?;
+            stream.write_all(request.as_bytes())?;
+            let mut answer = String::new();
+            stream.read_to_string(&mut answer)?;
+            Ok(answer)
+        });
+        let answer = answer.expect("ask testcontrol");
+        assert!(answer.starts_with("HTTP/1.0 200"), "{answer}");
     }
 
     /// The URL that nodes log in to.

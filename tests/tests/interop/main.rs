@@ -14,6 +14,7 @@ mod join;
 mod names;
 mod policy;
 mod relay;
+mod routes;
 mod scene;
 
 use std::{
@@ -35,6 +36,7 @@ const GROUPS: &[&[Case]] = &[
     relay::CASES,
     names::CASES,
     policy::CASES,
+    routes::CASES,
 ];
 
 /// Cases that would begin later than this do not, and have failed.

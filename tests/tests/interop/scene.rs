@@ -116,6 +116,24 @@ impl Scene {
         }
     }
 
+    /// The same in the server's own words.
+    pub fn set_whole_policy(&self, policy: &serde_json::Value) {
+        match &self.control {
+            Control::Ours(server) => server.set_policy(&policy.to_string()),
+            Control::Headscale(server) => server.set_policy(&policy.to_string()),
+            Control::Testcontrol(_) => panic!("testcontrol has no policy"),
+        }
+    }
+
+    /// Lets a node route these of the subnets that it offers, and no others.
+    pub fn set_routes(&self, node: &str, routes: &[&str]) {
+        match &self.control {
+            Control::Ours(server) => server.set_routes(node, routes),
+            Control::Headscale(server) => server.set_routes(node, routes),
+            Control::Testcontrol(server) => server.set_routes(&self.underlay, node, routes),
+        }
+    }
+
     /// A machine on a link of its own, seen by all others.
     pub fn host(&self) -> Namespace {
         self.underlay.host()
@@ -155,7 +173,16 @@ impl Ours {
     }
 
     pub fn attach(host: Host, container: Container) -> Result<Ours, String> {
-        let answer = host.attach(&container)?;
+        Ours::attach_with(host, container, json!({}))
+    }
+
+    /// The same on a network with options.
+    pub fn attach_with(
+        host: Host,
+        container: Container,
+        options: serde_json::Value,
+    ) -> Result<Ours, String> {
+        let answer = host.attach_to(&container, "tailnet", options)?;
         let subnets = answer["interfaces"]["tailscale0"]["subnets"].as_array();
         let addresses = subnets.into_iter().flatten().map(|subnet| {
             let net: ipnet::IpNet = subnet["ipnet"].as_str().unwrap().parse().unwrap();
