@@ -1025,6 +1025,63 @@ mod tests {
     }
 
     #[test]
+    fn a_route_is_its_routers_when_it_is_approved_and_he_is_there() {
+        let (_dir, tailnet) = tailnet();
+        let state = &mut *tailnet.state();
+        let key = reusable(state);
+        for name in ["first", "second"] {
+            let mut request = request(NodePublicKey::random(), name, &key);
+            request.hostinfo.as_mut().unwrap().routable_ips = nets(&ROUTES);
+            answer(state, &MachinePublicKey::random(), &request);
+        }
+        const ROUTES: [&str; 3] = ["10.1.0.0/24", "0.0.0.0/0", "::/0"];
+        fn nets(texts: &[&str]) -> Vec<IpNet> {
+            texts.iter().map(|text| text.parse().unwrap()).collect()
+        }
+        fn told(state: &State) -> [Vec<(bool, bool)>; 2] {
+            let nodes = state.nodes().into_iter();
+            let told = nodes.map(|node| {
+                node.routes
+                    .iter()
+                    .map(|r| (r.approved, r.primary))
+                    .collect()
+            });
+            told.collect::<Vec<_>>().try_into().unwrap()
+        }
+        let (no, exit, stands_by, routes) =
+            ((false, false), (true, false), (true, false), (true, true));
+        assert_eq!(told(state), [vec![no; 3], vec![no; 3]]);
+        let stranger = state
+            .approve_routes(1, &nets(&["10.2.0.0/24"]))
+            .unwrap_err();
+        assert!(
+            stranger.to_string().contains("it offers 10.1.0.0/24, "),
+            "{stranger}"
+        );
+        assert!(matches!(
+            state.approve_routes(9, &[]),
+            Err(Error::NoNode { id: 9 })
+        ));
+        // Half an exit is none.
+        state.approve_routes(1, &nets(&["0.0.0.0/0"])).unwrap();
+        state.approve_routes(2, &nets(&["10.1.0.0/24"])).unwrap();
+        assert_eq!(told(state), [vec![no, exit, exit], vec![routes, no, no]]);
+        state.approve_routes(1, &nets(&["10.1.0.0/24"])).unwrap();
+        assert_eq!(told(state)[1], [stands_by, no, no]);
+        // Who is there comes before who is not, and who is no longer a member never comes.
+        let stream = state.connect(2, at(1)).unwrap();
+        assert_eq!(told(state)[1], [routes, no, no]);
+        state.connect(1, at(2)).unwrap();
+        assert_eq!(told(state)[1], [stands_by, no, no]);
+        state.expire(1, at(3)).unwrap();
+        assert_eq!(told(state)[1], [routes, no, no]);
+        state.disconnect(2, stream, at(4)).unwrap();
+        assert_eq!(told(state)[1], [routes, no, no]);
+        state.revoke_routes(2, &nets(&["10.1.0.0/24"])).unwrap();
+        assert_eq!(told(state)[1], [no; 3]);
+    }
+
+    #[test]
     fn the_state_outlives_the_server() {
         let (dir, tailnet) = tailnet();
         let key = reusable(&mut tailnet.state());

@@ -34,7 +34,7 @@ use crate::{
     netmap::{Changes, Netmap},
     packet::Packet,
     router::{Out, Router, Taken, To},
-    routes::Preferences,
+    routes::{self, Preferences},
     segment::{Crossing, Membership, Segment},
     state::{self, Store},
     status::{Login, Status},
@@ -400,7 +400,7 @@ impl Node {
             login_server: self.shared.server.to_string(),
             home_relay: String::new(),
             health: Vec::new(),
-            routes: crate::routes::Status::default(),
+            routes: routes::Status::default(),
             peers: Vec::new(),
             rx_bytes: 0,
             tx_bytes: 0,
@@ -972,18 +972,19 @@ impl Task {
 
     /// Tells what leads to peers: their addresses, and the subnets that are taken from them.
     fn publish_reach(&self) {
-        let (mut reach, mut routed) = (Reach::default(), Vec::new());
+        let (mut reach, mut exits) = (Reach::default(), false);
         for peer in self.netmap.peers.values().filter(|peer| !peer.expired) {
             let taken = self.routes.taken(peer, &self.netmap.myself);
-            let subnets = taken
-                .into_iter()
-                .filter(|net| !peer.addresses.contains(net));
-            routed.extend(subnets);
+            exits |= taken.iter().any(|net| net.prefix_len() == 0);
+            let is_subnet = |net: &IpNet| net.prefix_len() > 0 && !peer.addresses.contains(net);
+            reach.subnets.extend(taken.into_iter().filter(is_subnet));
             reach.peers.extend(&peer.addresses);
         }
+        let mut routed = reach.subnets.clone();
+        if exits {
+            routed.extend(routes::beyond_exits());
+        }
         self.zone.set_routed(&routed);
-        routed.retain(|net| net.prefix_len() > 0);
-        reach.subnets = routed;
         // The peers are in no order.
         reach.peers.sort_unstable();
         reach.subnets.sort_unstable();

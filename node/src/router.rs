@@ -1520,6 +1520,14 @@ mod tests {
         assert_eq!(taken(named(), "192.0.2.1:80"), Taken::Sent);
         assert_eq!(taken(named(), "192.0.2.1:53"), Taken::ForResolver);
         assert_eq!(taken(named(), "100.64.0.1:53"), Taken::Sent);
+        // Those of the resolver itself leave by the exit.
+        let server = "192.0.2.1:53".parse().unwrap();
+        let question = packet::udp(SocketAddr::new(us, 5000), server, b"").unwrap();
+        let router = &mut world.hosts[1].router;
+        let sent = |router: &Router| router.peers(world.now, |_| String::new())[0].tx_bytes;
+        let before = sent(router);
+        router.on_question(&question, world.now, &mut Out::default());
+        assert_eq!(sent(router) - before, question.len() as u64);
     }
 
     #[test]

@@ -86,10 +86,7 @@ impl Preferences {
     pub fn local(&self, myself: &Node) -> Vec<IpNet> {
         let mut local = [&*myself.addresses, &*self.advertise].concat();
         if self.advertise_exit {
-            let private: Vec<IpNet> = NO_EXIT.iter().flat_map(|net| net.parse()).collect();
-            for everything in EVERYWHERE {
-                add_all_but(everything, &private, &mut local);
-            }
+            local.extend(beyond_exits());
         }
         local
     }
@@ -162,6 +159,16 @@ impl Preferences {
         );
         (status, Some(words))
     }
+}
+
+/// What an exit leads to.
+pub fn beyond_exits() -> Vec<IpNet> {
+    let private: Vec<IpNet> = NO_EXIT.iter().flat_map(|net| net.parse()).collect();
+    let mut beyond = Vec::new();
+    for everything in EVERYWHERE {
+        add_all_but(everything, &private, &mut beyond);
+    }
+    beyond
 }
 
 /// Adds the parts of a network that are in none of the others.

@@ -397,6 +397,14 @@ fn an_exit_takes_everything_and_after_it_nothing_leaves_until_the_device_is_rele
                 ..interface()
             });
         }
+        let (_second, second) = attach(&scene.host, container, "tn2");
+        let other = Interface {
+            addresses: vec!["100.64.0.8/32".parse().unwrap()],
+            routes: vec!["100.64.0.77/32".parse().unwrap()],
+            index: 1,
+            ..interface()
+        };
+        tailnode_tun::configure(container.netns(), &second, &other).unwrap();
         let way = |to: &str| {
             let asked = container
                 .command("ip")
@@ -410,6 +418,7 @@ fn an_exit_takes_everything_and_after_it_nothing_leaves_until_the_device_is_rele
         assert_eq!([way("192.0.2.1"), way("2001:db8:1::1")], ["tailscale0"; 2]);
         assert_eq!([way("10.1.0.9"), way("2001:db8::9")], [of_lan; 2]);
         assert_eq!(way("100.64.0.9"), "tailscale0");
+        assert_eq!(way("100.64.0.77"), "tailscale1");
 
         tailnode_tun::remove(container.netns(), "tailscale0").unwrap();
         assert_eq!([way("192.0.2.1"), way("2001:db8:1::1")], [""; 2]);

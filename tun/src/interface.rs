@@ -145,7 +145,8 @@ impl Device<'_> {
 
     fn configure(&mut self, interface: &Interface) -> Result<(), Error> {
         let mut addresses = interface.addresses.clone();
-        if addresses.iter().any(is_ipv6) && !Path::new("/proc/sys/net/ipv6").exists() {
+        let has_ipv6 = Path::new("/proc/sys/net/ipv6").exists();
+        if addresses.iter().any(is_ipv6) && !has_ipv6 {
             tracing::warn!(
                 device = self.name,
                 "this kernel has no IPv6: set up with IPv4 only"
@@ -173,7 +174,9 @@ impl Device<'_> {
                 .any(|address| family_of(address.addr()) == family);
             self.set_dns_rules(family, interface.index, interface.trap_dns && has_address)?;
             // Of a family in which the tailnet has no address, too: it must not leave elsewhere.
-            self.set_exit(family, interface.index, interface.exit)?;
+            if family == AddressFamily::Inet || has_ipv6 {
+                self.set_exit(family, interface.index, interface.exit)?;
+            }
         }
         if interface.forwards {
             masquerade::begin(self.name).map_err(|cause| {
@@ -365,11 +368,11 @@ fn set_refusal(
     }
 }
 
-/// What was so before is no failure; and a kernel without the family, or without rules, lets nothing
-/// out by it and has none to remove either.
+/// What was so before is no failure; and a kernel without the family, or without rules, has none to
+/// remove.
 fn done(result: io::Result<()>, wanted: bool) -> io::Result<()> {
     let done_before: &[i32] = match wanted {
-        true => &[libc::EEXIST, libc::EAFNOSUPPORT],
+        true => &[libc::EEXIST],
         false => &[
             libc::ENOENT,
             libc::ESRCH,

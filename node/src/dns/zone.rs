@@ -143,7 +143,7 @@ impl Zone {
         Some(Way::Peer { server, us })
     }
 
-    /// Names the networks that are reached through peers, everything for an exit.
+    /// Names the networks that are reached through peers.
     pub fn set_routed(&self, networks: &[IpNet]) {
         self.write().routed = networks.into();
     }
