@@ -12,6 +12,7 @@ mod filter;
 mod netcheck;
 mod netmap;
 mod node;
+mod offload;
 mod packet;
 mod path;
 mod router;
@@ -20,6 +21,7 @@ mod state;
 mod status;
 mod udp;
 
+pub use device::Offload;
 pub use dns::Zone;
 pub use node::{Config, Error, Identity, Node, Secret};
 pub use segment::Segment;

@@ -27,11 +27,12 @@ use url::Url;
 pub use crate::control::Secret;
 use crate::{
     control, derp,
-    device::{Closed, Device, PACKET_ROOM},
+    device::{Closed, Device, Offload, PACKET_ROOM},
     dial,
     dns::{Resolver, Upstreams, Zone},
     netcheck::{Netcheck, Report, Target},
     netmap::{Changes, Netmap},
+    offload::{Burst, Joiner},
     packet::Packet,
     router::{Out, Router, Taken, To},
     segment::{Crossing, Membership, Segment},
@@ -78,6 +79,8 @@ pub struct Config {
     pub names_elsewhere: Vec<String>,
     /// A non-blocking TUN device with `IFF_NO_PI` and `IFF_VNET_HDR`, in any namespace.
     pub tun: OwnedFd,
+    /// How far the device's offloads may be used.
+    pub offload: Offload,
 }
 
 /// Who a node is in its tailnet.
@@ -190,17 +193,23 @@ thread_local! {
 }
 
 struct Scratch {
+    /// What the device reads into.
     packet: Vec<u8>,
+    /// Where a burst is cut.
+    cut: Vec<u8>,
     batch: Batch,
     out: Out,
+    joiner: Joiner,
 }
 
 impl Default for Scratch {
     fn default() -> Self {
         Self {
             packet: vec![0; PACKET_ROOM],
+            cut: Vec::new(),
             batch: Batch::default(),
             out: Out::default(),
+            joiner: Joiner::default(),
         }
     }
 }
@@ -212,7 +221,8 @@ impl Node {
         let store = Store::open(&config.state_dir, &config.login_server)?;
         let keys = store.keys()?;
         let saved = store.load_netmap();
-        let device = Device::new(config.tun).map_err(kernel("use the TUN device"))?;
+        let device =
+            Device::new(config.tun, config.offload).map_err(kernel("use the TUN device"))?;
         let udp = Udp::open(usual_port(&keys.disco.public)).map_err(kernel("open a UDP socket"))?;
 
         let tls = dial::tls_config();
@@ -580,56 +590,76 @@ impl Task {
     fn serve_tun(&mut self) -> Result<(), Closed> {
         let now = Instant::now();
         self.stir(now);
-        SCRATCH.with_borrow_mut(|Scratch { packet, out, .. }| {
+        SCRATCH.with_borrow_mut(|scratch| {
+            let Scratch {
+                packet,
+                cut,
+                out,
+                joiner,
+                ..
+            } = scratch;
             for _ in 0..TURN {
-                let Some(packet) = self.device.receive(packet)? else {
+                let Some((header, packet)) = self.device.receive(packet)? else {
                     break;
                 };
-                if self.cross(packet, now) {
+                let burst = match Burst::new(header, packet) {
+                    Ok(burst) => burst,
+                    Err(misfit) => {
+                        debug!(%misfit, "dropped");
+                        continue;
+                    }
+                };
+                if self.cross(&burst, cut, now) {
                     continue;
                 }
-                match self.router.on_tun(packet, now, out) {
-                    Taken::Sent => self.tx_bytes += packet.len() as u64,
+                match self.router.on_tun(&burst, now, out) {
+                    Taken::Sent => self.tx_bytes += burst.bytes().len() as u64,
                     Taken::Dropped => {}
-                    Taken::ForResolver => self.resolver.handle(packet),
+                    Taken::ForResolver => {
+                        burst.packets(cut, |packet| self.resolver.handle(packet));
+                    }
                 }
                 if out.len() > FLUSH {
-                    self.flush(out)?;
+                    self.flush(out, joiner)?;
                 }
             }
-            self.flush(out)
+            self.flush(out, joiner)
         })
     }
 
     fn serve_udp(&mut self) -> Result<(), Closed> {
         let now = Instant::now();
-        SCRATCH.with_borrow_mut(|Scratch { batch, out, .. }| {
-            for _ in 0..TURN / quinn_udp::BATCH_SIZE {
-                match self.udp.receive(batch) {
-                    Ok(()) => {}
-                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
-                    // A pending ICMP error of some address: the datagram it is about is lost.
-                    Err(error) => {
-                        debug!(%error, "UDP reports an error");
-                        continue;
-                    }
-                }
-                for (from, datagram) in batch.datagrams() {
-                    if stun::is_stun(datagram) {
-                        if self.netcheck.answer(datagram, now) && !self.netcheck.waiting(now) {
-                            self.next_check = now;
+        SCRATCH.with_borrow_mut(
+            |Scratch {
+                 batch, out, joiner, ..
+             }| {
+                for _ in 0..TURN / quinn_udp::BATCH_SIZE {
+                    match self.udp.receive(batch) {
+                        Ok(()) => {}
+                        Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+                        // A pending ICMP error of some address: the datagram it is about is lost.
+                        Err(error) => {
+                            debug!(%error, "UDP reports an error");
+                            continue;
                         }
-                    } else {
-                        self.next_tick.get_or_insert(now + FIRST_TICK);
-                        self.router.on_udp(from, datagram, now, out);
                     }
-                    if out.len() > FLUSH {
-                        self.flush(out)?;
+                    for (from, datagram) in batch.datagrams() {
+                        if stun::is_stun(datagram) {
+                            if self.netcheck.answer(datagram, now) && !self.netcheck.waiting(now) {
+                                self.next_check = now;
+                            }
+                        } else {
+                            self.next_tick.get_or_insert(now + FIRST_TICK);
+                            self.router.on_udp(from, datagram, now, out);
+                        }
+                        if out.len() > FLUSH {
+                            self.flush(out, joiner)?;
+                        }
                     }
                 }
-            }
-            self.flush(out)
-        })
+                self.flush(out, joiner)
+            },
+        )
     }
 
     fn serve_relays(
@@ -639,7 +669,7 @@ impl Task {
     ) -> Result<(), Closed> {
         let now = Instant::now();
         self.stir(now);
-        SCRATCH.with_borrow_mut(|Scratch { out, .. }| {
+        SCRATCH.with_borrow_mut(|Scratch { out, joiner, .. }| {
             let mut next = Some(first);
             let mut turn = 0;
             while let Some(incoming) = next {
@@ -652,12 +682,13 @@ impl Task {
                     None
                 };
             }
-            self.flush(out)
+            self.flush(out, joiner)
         })
     }
 
     /// Takes a packet for, or an answer within, the segment. Returns whether it was one.
-    fn cross(&mut self, packet: &[u8], now: Instant) -> bool {
+    fn cross(&mut self, burst: &Burst<'_>, cut: &mut Vec<u8>, now: Instant) -> bool {
+        let packet = burst.bytes();
         let Some(membership) = &self.segment else {
             return false;
         };
@@ -671,10 +702,12 @@ impl Task {
             && self.router.may_leave(packet, src, dst, now)
         {
             self.tx_bytes += packet.len() as u64;
-            membership.send(Crossing {
-                packet: packet.to_vec(),
-                src,
-                dst,
+            burst.packets(cut, |packet| {
+                membership.send(Crossing {
+                    packet: packet.to_vec(),
+                    src,
+                    dst,
+                });
             });
         }
         true
@@ -684,9 +717,9 @@ impl Task {
     fn serve_resolver(&mut self, question: &[u8]) -> Result<(), Closed> {
         let now = Instant::now();
         self.stir(now);
-        SCRATCH.with_borrow_mut(|Scratch { out, .. }| {
-            self.router.on_tun(question, now, out);
-            self.flush(out)
+        SCRATCH.with_borrow_mut(|Scratch { out, joiner, .. }| {
+            self.router.on_tun(&Burst::whole(question), now, out);
+            self.flush(out, joiner)
         })
     }
 
@@ -717,15 +750,10 @@ impl Task {
     }
 
     /// Sends what the router put out: datagrams to one address as one train.
-    fn flush(&mut self, out: &mut Out) -> Result<(), Closed> {
+    fn flush(&mut self, out: &mut Out, joiner: &mut Joiner) -> Result<(), Closed> {
         let mut failed: Vec<SocketAddr> = Vec::new();
         for (to, bytes, segment) in out.trains(|segment| self.udp.train(segment)) {
             match to {
-                To::Tun if self.resolver.take_answer(bytes) => {}
-                To::Tun => {
-                    self.rx_bytes += bytes.len() as u64;
-                    self.device.send(bytes)?;
-                }
                 To::Relay(region, key) => {
                     self.relays
                         .send(region, &key, bytes::Bytes::copy_from_slice(bytes));
@@ -738,6 +766,13 @@ impl Task {
                 }
             }
         }
+        let (bytes, packets) = out.for_container();
+        packets.retain(|packet| !self.resolver.take_answer(&bytes[packet.clone()]));
+        self.rx_bytes += packets
+            .iter()
+            .map(|packet| packet.len() as u64)
+            .sum::<u64>();
+        self.device.send_all(bytes, packets, joiner)?;
         out.clear();
         for address in failed {
             self.router.unreachable(address);
@@ -770,9 +805,9 @@ impl Task {
             self.check(now);
         }
         if self.next_tick.is_some_and(|at| now >= at) {
-            SCRATCH.with_borrow_mut(|Scratch { out, .. }| {
+            SCRATCH.with_borrow_mut(|Scratch { out, joiner, .. }| {
                 self.next_tick = self.router.tick(now, out);
-                self.flush(out)
+                self.flush(out, joiner)
             })?;
             // Peers are about to look for a path: stale endpoints would not open our NAT.
             if self.next_tick.is_some() && self.checked_at.is_none_or(|at| now >= at + CHECK_BUSY) {
@@ -1153,6 +1188,7 @@ mod tests {
             ephemeral: true,
             names_elsewhere: Vec::new(),
             tun,
+            offload: Offload::All,
         };
         (Node::start(config).await.unwrap(), container)
     }

@@ -32,6 +32,7 @@ use ts_bart::RoutingTable;
 use crate::{
     filter::{Filter, Verdict},
     netmap::{Changes, Netmap},
+    offload::Burst,
     packet::{self, Packet, Transport, protocol},
     path::{Action, Path, Route},
     state::Keys,
@@ -60,26 +61,28 @@ const TICK_IDLE: Duration = Duration::from_secs(1);
 /// The port at this address is a DERP region, where an address is wanted (tailcfg.DerpMagicIP).
 const DERP_MAGIC_IP: Ipv4Addr = Ipv4Addr::new(127, 3, 3, 40);
 
-/// Where a piece of [`Out`] goes.
+/// Where a datagram goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum To {
     /// By UDP.
     Address(SocketAddr),
     /// Through a relay.
     Relay(RegionId, NodePublicKey),
-    /// Into the container.
-    Tun,
 }
 
-/// What the router wants sent: one buffer, and which part of it goes where, in order.
+/// What the router wants sent: one buffer, and which part of it goes where.
 #[derive(Debug, Default)]
 pub struct Out {
+    /// The first `len` bytes are in use; the rest is memory that need not be cleared again.
     bytes: Vec<u8>,
+    len: usize,
     sends: Vec<(To, Range<usize>)>,
+    /// Packets for the container, which nothing else waits for.
+    tun: Vec<Range<usize>>,
 }
 
 impl Out {
-    /// The pieces in the order in which they were put. Datagrams of one size to one address that
+    /// The datagrams in the order in which they were put. Those of one size to one address that
     /// lie one behind the other come as one train of at most `room(size)` bytes; the size of each
     /// is given too, and the last may be shorter.
     pub fn trains(
@@ -110,22 +113,30 @@ impl Out {
         })
     }
 
+    /// The packets for the container: where they lie, and the bytes that they lie in. Taking them
+    /// out of the list is for the caller.
+    pub fn for_container(&mut self) -> (&mut [u8], &mut Vec<Range<usize>>) {
+        (&mut self.bytes, &mut self.tun)
+    }
+
     /// Empties it and keeps its memory.
     pub fn clear(&mut self) {
-        self.bytes.clear();
+        self.len = 0;
         self.sends.clear();
+        self.tun.clear();
     }
 
     /// How many bytes wait; for bounding a batch.
     pub fn len(&self) -> usize {
-        self.bytes.len()
+        self.len
     }
 
-    /// Puts a ready datagram or packet.
+    /// Puts a ready datagram.
     pub fn put(&mut self, to: To, bytes: &[u8]) {
-        let start = self.bytes.len();
-        self.bytes.extend_from_slice(bytes);
-        self.sends.push((to, start..self.bytes.len()));
+        let range = self.room(bytes.len());
+        self.bytes[range.clone()].copy_from_slice(bytes);
+        self.len = range.end;
+        self.sends.push((to, range));
     }
 
     /// Lets `write` fill a buffer of `room` bytes at the end and say how many it used.
@@ -134,15 +145,24 @@ impl Out {
         room: usize,
         write: impl FnOnce(&mut [u8]) -> Wrote,
     ) -> (Wrote, Range<usize>) {
-        let start = self.bytes.len();
-        self.bytes.resize(start + room, 0);
-        let wrote = write(&mut self.bytes[start..]);
+        let range = self.room(room);
+        let start = range.start;
+        let wrote = write(&mut self.bytes[range]);
         let len = match wrote {
             Wrote::Network(len) | Wrote::Packet(len) => len,
             Wrote::Nothing | Wrote::Expired => 0,
         };
-        self.bytes.truncate(start + len);
+        self.len = start + len;
         (wrote, start..start + len)
+    }
+
+    /// Memory at the end that is not in use yet.
+    fn room(&mut self, len: usize) -> Range<usize> {
+        let range = self.len..self.len + len;
+        if self.bytes.len() < range.end {
+            self.bytes.resize(range.end, 0);
+        }
+        range
     }
 }
 
@@ -224,7 +244,10 @@ pub struct Router {
     routes: ts_bart::Table<usize>,
     filter: Filter,
     endpoints: Vec<SocketAddr>,
+    // Memory that is kept from packet to packet.
     actions: Vec<Action>,
+    sealed: Vec<Range<usize>>,
+    scratch: Vec<u8>,
 }
 
 struct Peer {
@@ -288,6 +311,8 @@ impl Router {
             filter: Filter::default(),
             endpoints: Vec::new(),
             actions: Vec::new(),
+            sealed: Vec::new(),
+            scratch: Vec::new(),
         }
     }
 
@@ -360,9 +385,9 @@ impl Router {
         }
     }
 
-    /// A packet that the container sent.
-    pub fn on_tun(&mut self, bytes: &[u8], now: Instant, out: &mut Out) -> Taken {
-        let Ok(packet) = Packet::parse(bytes) else {
+    /// What the container sent: judged once, for all packets in it are of one flow.
+    pub fn on_tun(&mut self, burst: &Burst<'_>, now: Instant, out: &mut Out) -> Taken {
+        let Ok(packet) = Packet::parse(burst.bytes()) else {
             return Taken::Dropped;
         };
         let slot = self.routes.lookup(packet.dst()).copied();
@@ -384,8 +409,8 @@ impl Router {
             trace!(?reason, dst = %packet.dst(), "dropped an outgoing packet");
             return Taken::Dropped;
         }
-        self.peers[slot].tx_bytes += bytes.len() as u64;
-        self.seal(slot, bytes, now, out);
+        self.peers[slot].tx_bytes += burst.bytes().len() as u64;
+        self.seal(slot, burst, now, out);
         Taken::Sent
     }
 
@@ -755,14 +780,14 @@ impl Router {
         if packet.protocol() == protocol::TSMP {
             let ours = self.filter.is_local(packet.dst());
             if let Some(pong) = packet::tsmp_pong(&packet).filter(|_| ours) {
-                self.seal(slot, &pong, now, out);
+                self.seal(slot, &Burst::whole(&pong), now, out);
             }
             return;
         }
         match self.inbound(slot, &packet, now) {
             Verdict::Accept => {
                 self.peers[slot].rx_bytes += range.len() as u64;
-                out.sends.push((To::Tun, range));
+                out.tun.push(range);
             }
             Verdict::Drop(reason) => {
                 trace!(?reason, src = %packet.src(), dst = %packet.dst(), "policy dropped a packet");
@@ -778,26 +803,46 @@ impl Router {
         verdict
     }
 
-    /// Encrypts a packet and sends it, or keeps it for the end of the handshake that it begins.
-    fn seal(&mut self, slot: usize, bytes: &[u8], now: Instant, out: &mut Out) {
+    /// Encrypts packets and sends them, or keeps them for the end of the handshake that they begin.
+    fn seal(&mut self, slot: usize, burst: &Burst<'_>, now: Instant, out: &mut Out) {
         let peer = &mut self.peers[slot];
         let tunnel = peer
             .tunnel
             .get_or_insert_with(|| Self::tunnel(&self.private, &peer.key, slot, &self.limiter));
-        let room = (bytes.len() + WIREGUARD_OVERHEAD).max(WIREGUARD_MIN);
-        let (wrote, range) = out.write(room, |buffer| tunnel.encapsulate(bytes, buffer).into());
-        if let Wrote::Network(_) = wrote {
+        let mut sealed = std::mem::take(&mut self.sealed);
+        burst.packets(&mut self.scratch, |packet| {
+            let room = (packet.len() + WIREGUARD_OVERHEAD).max(WIREGUARD_MIN);
+            let (wrote, range) =
+                out.write(room, |buffer| tunnel.encapsulate(packet, buffer).into());
+            if let Wrote::Network(_) = wrote {
+                sealed.push(range);
+            }
+        });
+        if !sealed.is_empty() {
             if peer.retry.is_none() && !peer.is_in_session() {
                 peer.retry = Some((now + RETRY_FIRST, RETRY_FIRST));
             }
-            self.send(slot, range, now, out);
+            self.send_all(slot, sealed.drain(..), now, out);
         }
+        self.sealed = sealed;
     }
 
     fn send(&mut self, slot: usize, range: Range<usize>, now: Instant, out: &mut Out) {
+        self.send_all(slot, std::iter::once(range), now, out);
+    }
+
+    fn send_all(
+        &mut self,
+        slot: usize,
+        ranges: impl Iterator<Item = Range<usize>>,
+        now: Instant,
+        out: &mut Out,
+    ) {
         let mut actions = std::mem::take(&mut self.actions);
         let route = self.peers[slot].path.route(now, &mut actions);
-        self.send_by(slot, Some(route), range, now, out);
+        for range in ranges {
+            self.send_by(slot, Some(route), range, now, out);
+        }
         self.act(slot, &mut actions, out);
         self.actions = actions;
     }
@@ -1022,7 +1067,9 @@ mod tests {
                 packet::udp(SocketAddr::new(src, 1000), SocketAddr::new(dst, 2000), text).unwrap();
             let mut out = Out::default();
             assert_eq!(
-                self.hosts[from].router.on_tun(&packet, self.now, &mut out),
+                self.hosts[from]
+                    .router
+                    .on_tun(&Burst::whole(&packet), self.now, &mut out),
                 Taken::Sent
             );
             self.carry(from, out);
@@ -1036,10 +1083,14 @@ mod tests {
                 steps += 1;
                 assert!(steps < 1000, "the two talk forever");
                 let sender = (self.hosts[from].udp, self.hosts[from].keys.node.public);
+                let received = out
+                    .tun
+                    .iter()
+                    .map(|packet| out.bytes[packet.clone()].to_vec());
+                self.hosts[from].received.extend(received);
                 for (to, bytes, segment) in out.trains(|segment| segment * 64) {
                     let mut answer = Out::default();
                     match to {
-                        To::Tun => self.hosts[from].received.push(bytes.to_vec()),
                         To::Address(address) => {
                             let Some(at) = self.hosts.iter().position(|h| h.udp == address) else {
                                 continue;
@@ -1205,7 +1256,7 @@ mod tests {
             let mut out = Out::default();
             world.hosts[from]
                 .router
-                .on_tun(&packet, world.now, &mut out);
+                .on_tun(&Burst::whole(&packet), world.now, &mut out);
             world.carry(from, out);
         }
         assert_eq!(world.heard(0), [b"asked"]);
@@ -1324,16 +1375,19 @@ mod tests {
         };
         let (mut begin, mut lost) = (Out::default(), Out::default());
         let first = packet(&world, 0);
-        world.hosts[0].router.on_tun(&first, world.now, &mut begin);
+        world.hosts[0]
+            .router
+            .on_tun(&Burst::whole(&first), world.now, &mut begin);
         let response = relayed(&mut world, 1, &begin);
         // Host 1 has answered, and does not know yet that host 0 has heard it.
         let second = packet(&world, 1);
-        world.hosts[1].router.on_tun(&second, world.now, &mut lost);
+        world.hosts[1]
+            .router
+            .on_tun(&Burst::whole(&second), world.now, &mut lost);
         let confirmed = relayed(&mut world, 0, &response);
         let waited = relayed(&mut world, 1, &confirmed);
         let heard = relayed(&mut world, 0, &waited);
-        let to_tun = |out: &Out| out.sends.iter().filter(|(to, _)| *to == To::Tun).count();
-        assert_eq!((to_tun(&waited), to_tun(&heard)), (1, 1));
+        assert_eq!((waited.tun.len(), heard.tun.len()), (1, 1));
     }
 
     #[test]
@@ -1343,7 +1397,11 @@ mod tests {
         let ping = |src, dst| packet::tests::raw(src, dst, protocol::TSMP, b"p12345678");
         let from_container = ping(a, b);
         let router = &mut world.hosts[0].router;
-        let taken = router.on_tun(&from_container, world.now, &mut Out::default());
+        let taken = router.on_tun(
+            &Burst::whole(&from_container),
+            world.now,
+            &mut Out::default(),
+        );
         assert_eq!(
             taken,
             Taken::Dropped,
@@ -1356,7 +1414,7 @@ mod tests {
             let mut out = Out::default();
             let slot = world.hosts[0].router.by_id[&1];
             let router = &mut world.hosts[0].router;
-            router.seal(slot, &ping(a, dst), world.now, &mut out);
+            router.seal(slot, &Burst::whole(&ping(a, dst)), world.now, &mut out);
             let (mut pongs, key) = (Out::default(), world.hosts[0].keys.node.public);
             let from = world.hosts[0].udp;
             for (to, bytes, _) in out.trains(|_| 0) {
@@ -1400,9 +1458,11 @@ mod tests {
         let me = SocketAddr::new(world.hosts[0].ip, 5000);
         let mut ask = |server: &str| {
             let packet = packet::udp(me, server.parse().unwrap(), b"?").unwrap();
-            world.hosts[0]
-                .router
-                .on_tun(&packet, Instant::now(), &mut Out::default())
+            world.hosts[0].router.on_tun(
+                &Burst::whole(&packet),
+                Instant::now(),
+                &mut Out::default(),
+            )
         };
         assert_eq!(ask("100.100.100.100:53"), Taken::ForResolver);
         assert_eq!(ask("100.100.100.100:80"), Taken::ForResolver);
@@ -1422,8 +1482,6 @@ mod tests {
             (address, 4),
             (address, 10),
             (other, 10),
-            (To::Tun, 10),
-            (To::Tun, 10),
         ] {
             out.put(to, &vec![7; size]);
         }
@@ -1434,13 +1492,7 @@ mod tests {
         };
         assert_eq!(
             sizes(1000),
-            [
-                (address, 24, 10),
-                (address, 10, 10),
-                (other, 10, 10),
-                (To::Tun, 10, 10),
-                (To::Tun, 10, 10)
-            ]
+            [(address, 24, 10), (address, 10, 10), (other, 10, 10),]
         );
         assert_eq!(sizes(20)[..2], [(address, 20, 10), (address, 4, 4)]);
     }
@@ -1462,7 +1514,7 @@ mod tests {
                 let key = world.hosts[1].keys.node.public;
                 let from = world.hosts[1].udp;
                 let router = &mut world.hosts[0].router;
-                router.on_tun(&bytes, world.now, &mut out);
+                router.on_tun(&Burst::whole(&bytes), world.now, &mut out);
                 router.on_udp(from, &bytes, world.now, &mut out);
                 router.on_relay(REGION, &key, &bytes, world.now, &mut out);
             }

@@ -11,7 +11,7 @@ use std::{
 };
 
 use ipnet::IpNet;
-use tailnode_node::{Login, Node, Segment, Zone};
+use tailnode_node::{Login, Node, Offload, Segment, Zone};
 use tailnode_tun::{Interface, Netns};
 use tokio::{
     task::{AbortHandle, JoinSet},
@@ -290,6 +290,7 @@ impl Endpoints {
             tags: options.tags.unwrap_or_default(),
             ephemeral,
             names_elsewhere,
+            offload: Offload::default(),
             tun,
         })
         .await;
