@@ -37,7 +37,7 @@ pub struct Device {
     udp_bursts: AtomicBool,
 }
 
-/// Which bursts a device may be used with. More than the kernel can do is not tried again.
+/// Which packets the kernel may hand over, and take, joined. What it cannot do is not tried again.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Offload {
     /// Of TCP and UDP; for UDP's, Linux ≥ 6.2.
@@ -45,7 +45,7 @@ pub enum Offload {
     All,
     /// Of TCP alone.
     Tcp,
-    /// None: a packet a system call.
+    /// None, and no datagrams to peers either: a packet a system call.
     None,
 }
 
@@ -140,7 +140,6 @@ impl Device {
             joiner.push(bytes, packet, udp);
         }
         joiner.drain(bytes, |header, bytes, parts| {
-            let bytes = &*bytes;
             self.send_parts(header, parts.iter().map(|part| &bytes[part.clone()]))
         })
     }

@@ -9,6 +9,7 @@ mod device;
 mod dial;
 mod dns;
 mod filter;
+mod neighbours;
 mod netcheck;
 mod netmap;
 mod node;
@@ -23,6 +24,7 @@ mod udp;
 
 pub use device::Offload;
 pub use dns::Zone;
+pub use neighbours::Neighbours;
 pub use node::{Config, Error, Identity, Node, Secret};
 pub use segment::Segment;
 pub use status::{Login, PeerPath, PeerStatus, Status};

@@ -94,6 +94,7 @@ pub struct Misfit;
 /// What the container sent at once: one packet, or many of one flow.
 #[derive(Debug)]
 pub struct Burst<'a> {
+    header: Header,
     bytes: &'a [u8],
     cut: Option<Cut>,
 }
@@ -112,7 +113,11 @@ struct Cut {
 impl<'a> Burst<'a> {
     /// One packet with its checksums done.
     pub fn whole(bytes: &'a [u8]) -> Self {
-        Self { bytes, cut: None }
+        Self {
+            header: Header::default(),
+            bytes,
+            cut: None,
+        }
     }
 
     /// Checks a packet against its header, and does the checksum of one that is no burst.
@@ -122,10 +127,11 @@ impl<'a> Burst<'a> {
             if header.flags & NEEDS_CSUM != 0 {
                 finish_sum(bytes, start, usize::from(header.csum_offset)).ok_or(Misfit)?;
             }
-            return Ok(Self { bytes, cut: None });
+            return Ok(Self::whole(bytes));
         }
         let cut = Cut::new(header, bytes, start).ok_or(Misfit)?;
         Ok(Self {
+            header,
             bytes,
             cut: Some(cut),
         })
@@ -134,6 +140,11 @@ impl<'a> Burst<'a> {
     /// All of it, as one packet: its headers are those of every packet in it.
     pub fn bytes(&self) -> &'a [u8] {
         self.bytes
+    }
+
+    /// What goes before the bytes when they are handed to a device as they are.
+    pub fn header(&self) -> Header {
+        self.header
     }
 
     /// Hands each packet to `take`, in order and with its checksums done. `scratch` is where they

@@ -194,11 +194,11 @@ impl From<TunnResult<'_>> for Wrote {
     }
 }
 
-/// What became of a packet from the container.
+/// What is to become of a packet from the container.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Taken {
-    /// It is on its way, or waits for a handshake.
-    Sent,
+    /// It is for the peer in this slot; see [`Router::seal`].
+    ForPeer(usize),
     /// It leads nowhere, or policy forbids it.
     Dropped,
     /// The resolver should answer it.
@@ -210,16 +210,6 @@ pub enum Taken {
 enum Origin {
     Address(SocketAddr),
     Relay(RegionId),
-}
-
-/// A copy of an IPv4 packet with other addresses, for policy to judge: its checksums are wrong.
-fn readdressed(packet: &[u8], src: IpAddr, dst: IpAddr) -> Vec<u8> {
-    let mut copy = packet.to_vec();
-    if let (IpAddr::V4(src), IpAddr::V4(dst), Some(addresses)) = (src, dst, copy.get_mut(12..20)) {
-        addresses[..4].copy_from_slice(&src.octets());
-        addresses[4..].copy_from_slice(&dst.octets());
-    }
-    copy
 }
 
 fn is_query(packet: &Packet<'_>) -> bool {
@@ -385,16 +375,13 @@ impl Router {
         }
     }
 
-    /// What the container sent: judged once, for all packets in it are of one flow.
-    pub fn on_tun(&mut self, burst: &Burst<'_>, now: Instant, out: &mut Out) -> Taken {
-        let Ok(packet) = Packet::parse(burst.bytes()) else {
-            return Taken::Dropped;
-        };
+    /// Judges what the container sends: once for a burst, all of which is of one flow.
+    pub fn outbound(&mut self, packet: &Packet<'_>, now: Instant) -> Taken {
         let slot = self.routes.lookup(packet.dst()).copied();
         // Port 53 of a server that is no peer is a query that the engine's own resolver sent on.
         if packet.dst() == SERVICE_V4
             || packet.dst() == SERVICE_V6
-            || (slot.is_none() && is_query(&packet))
+            || (slot.is_none() && is_query(packet))
         {
             return Taken::ForResolver;
         }
@@ -402,33 +389,49 @@ impl Router {
             return Taken::Dropped;
         };
         // Nodes talk among themselves by it, and peers believe it.
-        if packet.protocol() == protocol::TSMP {
+        if packet.protocol() == protocol::TSMP || !self.may_leave(packet, now) {
             return Taken::Dropped;
         }
-        if let Verdict::Drop(reason) = self.filter.outbound(&packet, now) {
+        self.peers[slot].tx_bytes += packet.bytes().len() as u64;
+        Taken::ForPeer(slot)
+    }
+
+    /// Whether policy lets the container send a packet that takes another way than the tunnel.
+    pub fn may_leave(&mut self, packet: &Packet<'_>, now: Instant) -> bool {
+        let verdict = self.filter.outbound(packet, now);
+        if let Verdict::Drop(reason) = verdict {
             trace!(?reason, dst = %packet.dst(), "dropped an outgoing packet");
-            return Taken::Dropped;
         }
-        self.peers[slot].tx_bytes += burst.bytes().len() as u64;
-        self.seal(slot, burst, now, out);
-        Taken::Sent
+        verdict == Verdict::Accept
     }
 
-    /// Whether policy lets a packet of the container's reach another node without the tunnel;
-    /// `src` and `dst` are the tailnet addresses that its own stand for.
-    pub fn may_leave(&mut self, packet: &[u8], src: IpAddr, dst: IpAddr, now: Instant) -> bool {
-        let stand_in = readdressed(packet, src, dst);
-        Packet::parse(&stand_in)
-            .is_ok_and(|packet| self.filter.outbound(&packet, now) == Verdict::Accept)
+    /// Whether policy lets in what the node with the key `from` brings without the tunnel.
+    pub fn enter(
+        &mut self,
+        from: &NodePublicKey,
+        packet: &Packet<'_>,
+        len: u64,
+        now: Instant,
+    ) -> bool {
+        let Some(&slot) = self.routes.lookup(packet.src()) else {
+            return false;
+        };
+        let accepted =
+            self.peers[slot].key == *from && self.inbound(slot, packet, now) == Verdict::Accept;
+        if accepted {
+            self.peers[slot].rx_bytes += len;
+        }
+        accepted
     }
 
-    /// The same for a packet that another node brings without the tunnel.
-    pub fn may_enter(&mut self, packet: &[u8], src: IpAddr, dst: IpAddr, now: Instant) -> bool {
-        let stand_in = readdressed(packet, src, dst);
-        match (self.routes.lookup(src), Packet::parse(&stand_in)) {
-            (Some(&slot), Ok(packet)) => self.inbound(slot, &packet, now) == Verdict::Accept,
-            _ => false,
-        }
+    /// Our own key, by which peers know us.
+    pub fn key(&self) -> NodePublicKey {
+        self.node_key
+    }
+
+    /// The key of the peer in a slot that [`Taken::ForPeer`] named.
+    pub fn peer_key(&self, slot: usize) -> NodePublicKey {
+        self.peers[slot].key
     }
 
     /// A datagram from UDP that is not STUN's.
@@ -515,8 +518,14 @@ impl Router {
         next
     }
 
-    /// The peers and how packets to them travel, by name. `region` names a DERP region.
-    pub fn peers(&self, now: Instant, region: impl Fn(RegionId) -> String) -> Vec<PeerStatus> {
+    /// The peers and how packets to them travel, by name. `region` names a DERP region; `is_near`
+    /// tells who is reached without a tunnel.
+    pub fn peers(
+        &self,
+        now: Instant,
+        region: impl Fn(RegionId) -> String,
+        is_near: impl Fn(&NodePublicKey) -> bool,
+    ) -> Vec<PeerStatus> {
         let mut peers: Vec<_> = self
             .peers
             .iter()
@@ -525,6 +534,7 @@ impl Router {
                 addresses: peer.addresses.clone(),
                 online: peer.online,
                 path: match peer.path.direct(now) {
+                    _ if is_near(&peer.key) => PeerPath::Local,
                     Some(address) => PeerPath::Direct { address },
                     None => match peer.relay() {
                         Some(To::Relay(id, _)) if peer.path.active(now) => {
@@ -804,7 +814,7 @@ impl Router {
     }
 
     /// Encrypts packets and sends them, or keeps them for the end of the handshake that they begin.
-    fn seal(&mut self, slot: usize, burst: &Burst<'_>, now: Instant, out: &mut Out) {
+    pub fn seal(&mut self, slot: usize, burst: &Burst<'_>, now: Instant, out: &mut Out) {
         let peer = &mut self.peers[slot];
         let tunnel = peer
             .tunnel
@@ -1017,6 +1027,18 @@ mod tests {
         node
     }
 
+    /// What the node's task does with what the container sends.
+    fn on_tun(router: &mut Router, bytes: &[u8], now: Instant, out: &mut Out) -> Taken {
+        let Ok(packet) = Packet::parse(bytes) else {
+            return Taken::Dropped;
+        };
+        let taken = router.outbound(&packet, now);
+        if let Taken::ForPeer(slot) = taken {
+            router.seal(slot, &Burst::whole(bytes), now, out);
+        }
+        taken
+    }
+
     impl World {
         fn new(udp_works: bool, rules: impl Fn(usize) -> Vec<FilterRule>) -> Self {
             let hosts: Vec<Host> = (1..=2)
@@ -1067,10 +1089,8 @@ mod tests {
                 packet::udp(SocketAddr::new(src, 1000), SocketAddr::new(dst, 2000), text).unwrap();
             let mut out = Out::default();
             assert_eq!(
-                self.hosts[from]
-                    .router
-                    .on_tun(&Burst::whole(&packet), self.now, &mut out),
-                Taken::Sent
+                on_tun(&mut self.hosts[from].router, &packet, self.now, &mut out),
+                Taken::ForPeer(0)
             );
             self.carry(from, out);
         }
@@ -1159,7 +1179,9 @@ mod tests {
         world.say(0, b"straight");
         assert_eq!(world.heard(1), [b"straight"]);
         assert_eq!(world.by_relay, relayed, "and goes straight now");
-        let status = world.hosts[0].router.peers(world.now, |id| id.to_string());
+        let status = world.hosts[0]
+            .router
+            .peers(world.now, |id| id.to_string(), |_| false);
         assert_eq!(
             status[0].path,
             PeerPath::Direct {
@@ -1178,7 +1200,9 @@ mod tests {
             world.tick();
         }
         assert_eq!(world.heard(1).len(), 5);
-        let status = world.hosts[0].router.peers(world.now, |id| id.to_string());
+        let status = world.hosts[0]
+            .router
+            .peers(world.now, |id| id.to_string(), |_| false);
         assert_eq!(
             status[0].path,
             PeerPath::Relay {
@@ -1254,9 +1278,7 @@ mod tests {
         for (from, src, dst) in [(0, a, b), (1, b, a)] {
             let packet = packet::udp(src, dst, b"asked").unwrap();
             let mut out = Out::default();
-            world.hosts[from]
-                .router
-                .on_tun(&Burst::whole(&packet), world.now, &mut out);
+            on_tun(&mut world.hosts[from].router, &packet, world.now, &mut out);
             world.carry(from, out);
         }
         assert_eq!(world.heard(0), [b"asked"]);
@@ -1302,7 +1324,7 @@ mod tests {
         assert!(
             world.hosts[1]
                 .router
-                .peers(world.now, |_| String::new())
+                .peers(world.now, |_| String::new(), |_| false)
                 .is_empty()
         );
     }
@@ -1375,15 +1397,11 @@ mod tests {
         };
         let (mut begin, mut lost) = (Out::default(), Out::default());
         let first = packet(&world, 0);
-        world.hosts[0]
-            .router
-            .on_tun(&Burst::whole(&first), world.now, &mut begin);
+        on_tun(&mut world.hosts[0].router, &first, world.now, &mut begin);
         let response = relayed(&mut world, 1, &begin);
         // Host 1 has answered, and does not know yet that host 0 has heard it.
         let second = packet(&world, 1);
-        world.hosts[1]
-            .router
-            .on_tun(&Burst::whole(&second), world.now, &mut lost);
+        on_tun(&mut world.hosts[1].router, &second, world.now, &mut lost);
         let confirmed = relayed(&mut world, 0, &response);
         let waited = relayed(&mut world, 1, &confirmed);
         let heard = relayed(&mut world, 0, &waited);
@@ -1397,11 +1415,7 @@ mod tests {
         let ping = |src, dst| packet::tests::raw(src, dst, protocol::TSMP, b"p12345678");
         let from_container = ping(a, b);
         let router = &mut world.hosts[0].router;
-        let taken = router.on_tun(
-            &Burst::whole(&from_container),
-            world.now,
-            &mut Out::default(),
-        );
+        let taken = on_tun(router, &from_container, world.now, &mut Out::default());
         assert_eq!(
             taken,
             Taken::Dropped,
@@ -1440,15 +1454,18 @@ mod tests {
         free.disco_key = None;
         let other = IpAddr::from([100, 64, 0, 7]);
         free.addresses = vec![IpNet::from(other)];
+        let (jailed_key, free_key) = (jailed.key, free.key);
         tell(&mut world, &[(0, jailed), (7, free)], &[0, 7]);
         world.say(0, b"hello");
         assert!(world.heard(1).is_empty());
         let us = world.hosts[1].ip;
         for (src, enters) in [(other, true), (world.hosts[0].ip, false), (other, true)] {
             let from = SocketAddr::new(src, 5);
-            let packet = packet::udp(from, SocketAddr::new(us, 6), b"").unwrap();
+            let bytes = packet::udp(from, SocketAddr::new(us, 6), b"").unwrap();
+            let packet = Packet::parse(&bytes).unwrap();
             let router = &mut world.hosts[1].router;
-            assert_eq!(router.may_enter(&packet, src, us, world.now), enters);
+            let key = if src == other { free_key } else { jailed_key };
+            assert_eq!(router.enter(&key, &packet, 1, world.now), enters);
         }
     }
 
@@ -1458,8 +1475,9 @@ mod tests {
         let me = SocketAddr::new(world.hosts[0].ip, 5000);
         let mut ask = |server: &str| {
             let packet = packet::udp(me, server.parse().unwrap(), b"?").unwrap();
-            world.hosts[0].router.on_tun(
-                &Burst::whole(&packet),
+            on_tun(
+                &mut world.hosts[0].router,
+                &packet,
                 Instant::now(),
                 &mut Out::default(),
             )
@@ -1468,7 +1486,7 @@ mod tests {
         assert_eq!(ask("100.100.100.100:80"), Taken::ForResolver);
         assert_eq!(ask("9.9.9.9:53"), Taken::ForResolver);
         assert_eq!(ask("9.9.9.9:54"), Taken::Dropped);
-        assert_eq!(ask("100.64.0.2:53"), Taken::Sent);
+        assert_eq!(ask("100.64.0.2:53"), Taken::ForPeer(0));
     }
 
     #[test]
@@ -1514,7 +1532,7 @@ mod tests {
                 let key = world.hosts[1].keys.node.public;
                 let from = world.hosts[1].udp;
                 let router = &mut world.hosts[0].router;
-                router.on_tun(&Burst::whole(&bytes), world.now, &mut out);
+                on_tun(router, &bytes, world.now, &mut out);
                 router.on_udp(from, &bytes, world.now, &mut out);
                 router.on_relay(REGION, &key, &bytes, world.now, &mut out);
             }

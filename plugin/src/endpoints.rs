@@ -11,7 +11,7 @@ use std::{
 };
 
 use ipnet::IpNet;
-use tailnode_node::{Login, Node, Offload, Segment, Zone};
+use tailnode_node::{Login, Neighbours, Node, Offload, Segment, Zone};
 use tailnode_tun::{Interface, Netns};
 use tokio::{
     task::{AbortHandle, JoinSet},
@@ -82,6 +82,9 @@ pub(crate) struct Endpoints {
     defaults: Options,
     identities: Identities,
     host: (u64, u64),
+    /// All nodes of this daemon.
+    neighbours: Neighbours,
+    offload: Offload,
     state: Mutex<State>,
 }
 
@@ -171,11 +174,17 @@ struct Held {
 impl Endpoints {
     /// None yet. They will keep their state below `directory`; `defaults` is what the host's
     /// configuration sets.
-    pub(crate) fn new(directory: PathBuf, defaults: Options) -> Result<Self, Error> {
+    pub(crate) fn new(
+        directory: PathBuf,
+        defaults: Options,
+        offload: Offload,
+    ) -> Result<Self, Error> {
         Ok(Endpoints {
             defaults,
             identities: Identities::new(directory),
             host: Netns::current()?.id(),
+            neighbours: Neighbours::default(),
+            offload,
             state: Mutex::default(),
         })
     }
@@ -290,7 +299,8 @@ impl Endpoints {
             tags: options.tags.unwrap_or_default(),
             ephemeral,
             names_elsewhere,
-            offload: Offload::default(),
+            offload: self.offload,
+            neighbours: self.neighbours.clone(),
             tun,
         })
         .await;
