@@ -14,8 +14,7 @@ use tailnode_plugin::api::{self, Request, Response, is_called};
 
 /// For the daemon to answer; it does so from memory.
 const PATIENCE: Duration = Duration::from_secs(10);
-const OTHER_ANSWER: &str =
-    "tailnoded gave an answer to something else: is it of another version?";
+const OTHER_ANSWER: &str = "tailnoded gave an answer to something else: is it of another version?";
 
 /// Containers as nodes of a tailnet.
 ///

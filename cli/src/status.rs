@@ -86,7 +86,9 @@ fn remarks(node: &Status) -> Vec<String> {
     let server = &node.login_server;
     let state = match &node.login {
         Login::Starting | Login::Running => None,
-        Login::Stopped => Some("it has left the tailnet: restart the container to join again".into()),
+        Login::Stopped => {
+            Some("it has left the tailnet: restart the container to join again".into())
+        }
         Login::NeedsLogin { url, reason } if reason.is_empty() => {
             Some(format!("log in: open {url}"))
         }

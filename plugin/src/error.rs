@@ -138,9 +138,7 @@ pub enum Error {
     Detached,
 
     /// Nobody of that name.
-    #[error(
-        "no container called {container} has a node; `tailnode status` lists those that have"
-    )]
+    #[error("no container called {container} has a node; `tailnode status` lists those that have")]
     NoContainer {
         /// What was given.
         container: String,

@@ -239,7 +239,8 @@ mod tests {
     #[test]
     fn a_stranger_with_a_spent_key_is_told_of_the_key() {
         for second in [page("https://login"), error("unknown node")] {
-            let mut registration = Registration::new(NodeKeyPair::random(), true, Standing::Stranger);
+            let mut registration =
+                Registration::new(NodeKeyPair::random(), true, Standing::Stranger);
             registration.answer(error("key was used"));
             assert_eq!(
                 registration.answer(second),
@@ -309,7 +310,10 @@ mod tests {
         assert_eq!(step, Step::Visit("https://a".into()));
         // Unless it was not deleted at all.
         let rotated = false;
-        assert_eq!(registration.answer(joined()), Step::Joined { node, rotated });
+        assert_eq!(
+            registration.answer(joined()),
+            Step::Joined { node, rotated }
+        );
     }
 
     proptest! {
