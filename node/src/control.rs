@@ -67,6 +67,7 @@ const MAX_SLEEP: Duration = Duration::from_secs(300);
 const MAX_PINGS: usize = 4;
 /// How long the answer to a ping may take (controlclient/direct.go, answerHeadPing).
 const PING: Duration = Duration::from_secs(15);
+const MAP: &str = "/machine/map";
 /// Largest answer that is not a map.
 const MAX_ANSWER: usize = 1 << 20;
 
@@ -252,6 +253,8 @@ enum Failure {
     },
     /// The server's no.
     Refused(String),
+    /// The server does not know us (any more), or not by this key.
+    Unknown(String),
     /// The node key has expired.
     Expired,
     /// Nobody takes our events.
@@ -261,7 +264,7 @@ enum Failure {
 impl Failure {
     fn into_words(self) -> String {
         match self {
-            Self::Retry { error, .. } | Self::Refused(error) => error,
+            Self::Retry { error, .. } | Self::Refused(error) | Self::Unknown(error) => error,
             Self::Expired => "the node's key has expired".to_owned(),
             Self::Unheard => "the node has stopped".to_owned(),
         }
@@ -348,6 +351,16 @@ impl Session {
                         debug!("nobody takes the refusal");
                     }
                     return;
+                }
+                Failure::Unknown(error) => {
+                    self.registered = false;
+                    self.resume = None;
+                    let here = self.heard.is_some_and(|at| at.elapsed() < LATELY);
+                    if here && !self.config.ephemeral {
+                        self.standing = Standing::Forgotten;
+                    }
+                    let error = format!("{}: {error}", self.config.login_server);
+                    (live.is_none().then_some(Login::Offline { error }), None)
                 }
                 Failure::Expired => {
                     self.registered = false;
@@ -470,21 +483,12 @@ impl Session {
             map_session_seq: self.resume.as_ref().map_or(0, |r| r.seq),
             ..updates.request()
         };
-        let response = timeout(WATCHDOG, connection.post("/machine/map", &request))
+        let response = timeout(WATCHDOG, connection.post(MAP, &request))
             .await
             .map_err(|_| silence())??;
         let status = response.status();
         if status != StatusCode::OK {
-            // The server does not know us (any more), or not by this key: join again.
-            if status.is_client_error() && status != StatusCode::TOO_MANY_REQUESTS {
-                self.registered = false;
-                self.resume = None;
-                let here = self.heard.is_some_and(|at| at.elapsed() < LATELY);
-                if here && !self.config.ephemeral {
-                    self.standing = Standing::Forgotten;
-                }
-            }
-            return Err(unwelcome("/machine/map", response).await);
+            return Err(unwelcome(MAP, response).await);
         }
 
         let mut body = response.into_body();
@@ -510,7 +514,7 @@ impl Session {
                         buffer.extend_from_slice(&data);
                     },
                 },
-                never = &mut updates => match never {},
+                failure = &mut updates => return Err(failure),
                 Some(ping) = pings.join_next() => if let Err(error) = ping {
                     debug!(%error, "answering a ping failed");
                 },
@@ -725,7 +729,8 @@ impl Updates {
         request
     }
 
-    async fn run(mut self) -> Infallible {
+    /// Returns when the server does not know us. Not all end the stream of a node that was deleted.
+    async fn run(mut self) -> Failure {
         let mut backoff = Backoff::default();
         loop {
             let request = self.request();
@@ -738,6 +743,7 @@ impl Updates {
                         std::future::pending::<()>().await;
                     }
                 }
+                Err(failure @ Failure::Unknown(_)) => return failure,
                 Err(failure) => {
                     warn!(?failure, "cannot tell the control server our endpoints");
                     backoff.wait().await;
@@ -857,11 +863,10 @@ impl Connection {
     }
 
     async fn update(&self, request: &MapRequest) -> Result<(), Failure> {
-        const PATH: &str = "/machine/map";
-        let response = self.post(PATH, request).await?;
+        let response = self.post(MAP, request).await?;
         match response.status() {
             StatusCode::OK => Ok(()),
-            _ => Err(unwelcome(PATH, response).await),
+            _ => Err(unwelcome(MAP, response).await),
         }
     }
 
@@ -936,7 +941,8 @@ fn authority(url: &Url) -> String {
 
 /// The failure that an unwelcome answer makes, minding when the server wants to be asked again.
 async fn unwelcome(path: &str, response: Response<Incoming>) -> Failure {
-    let limited = response.status() == StatusCode::TOO_MANY_REQUESTS;
+    let status = response.status();
+    let limited = status == StatusCode::TOO_MANY_REQUESTS;
     let asked = response.headers().get(header::RETRY_AFTER);
     let seconds = asked
         .and_then(|value| value.to_str().ok())
@@ -947,6 +953,9 @@ async fn unwelcome(path: &str, response: Response<Incoming>) -> Failure {
         _ => limited.then(|| Duration::from_secs(5).mul_f64(1.0 + rand::random::<f64>())),
     };
     let error = dial::refusal(path.into(), response).await.to_string();
+    if path == MAP && status.is_client_error() && !limited {
+        return Failure::Unknown(error);
+    }
     Failure::Retry { error, after }
 }
 

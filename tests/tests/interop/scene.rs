@@ -246,7 +246,9 @@ impl Ours {
     /// The login page that it waits for somebody to open, once it gives this reason.
     pub fn page(&self, reason: &str) -> String {
         let mut login = Value::Null;
-        within(30, &format!("a login is needed because {reason}"), || {
+        // Headscale does not tell a node that it was deleted; the node hears so when it next tells
+        // of its network, which an idle one does every two minutes.
+        within(150, &format!("a login is needed because {reason}"), || {
             login = self.node()["login"].clone();
             login["state"] == "needs-login"
                 && login["reason"]
