@@ -26,6 +26,7 @@ use url::Url;
 
 pub use crate::control::Secret;
 use crate::{
+    clock::Clock,
     control, derp,
     device::{Closed, Device, Offload, PACKET_ROOM},
     dial,
@@ -122,10 +123,15 @@ pub enum Error {
         reason: String,
     },
     /// A person must log in first.
-    #[error("log in first: open {url} and start the container again")]
+    #[error(
+        "log in first{}{reason}: open {url} and start the container again",
+        if reason.is_empty() { "" } else { ", " }
+    )]
     NeedsLogin {
         /// The page.
         url: String,
+        /// Why a node that had joined must join again.
+        reason: String,
     },
     /// Its key expired.
     #[error(
@@ -156,6 +162,17 @@ pub enum Error {
     /// It is no longer running.
     #[error("the node has stopped")]
     Stopped,
+    /// It left, but the control server does not know.
+    #[error(
+        "the node has left the tailnet, but the control server {server} was not told ({reason}): \
+         delete it there"
+    )]
+    LogoutUnheard {
+        /// The control server's URL.
+        server: Url,
+        /// Why not.
+        reason: String,
+    },
 }
 
 /// A handle to a running node. Cheap to clone; the node runs until [`Node::stop`], or until the
@@ -172,6 +189,7 @@ struct Shared {
     identity: watch::Receiver<Known>,
     login: watch::Receiver<Login>,
     routes: watch::Receiver<Vec<IpNet>>,
+    addresses: watch::Receiver<Vec<IpAddr>>,
     zone: Zone,
 }
 
@@ -186,6 +204,7 @@ enum Command {
     Status(oneshot::Sender<Status>),
     Siblings(Vec<Zone>),
     Join(Segment, IpNet),
+    Logout(oneshot::Sender<Result<(), String>>),
     Stop {
         logout: bool,
         done: oneshot::Sender<()>,
@@ -242,6 +261,10 @@ impl Node {
         let (identity_tx, identity) = watch::channel(Known::default());
         let (login_tx, login) = watch::channel(Login::Starting);
         let (routes_tx, routes) = watch::channel(Vec::new());
+        let (addresses_tx, addresses) = watch::channel(Vec::new());
+        let known = saved
+            .as_ref()
+            .is_some_and(|map| !map.myself.addresses.is_empty());
 
         let plain_http = config.login_server.scheme() == "http";
         let relays = derp::Relays::new(keys.node.clone(), tls.clone(), plain_http, incoming_tx);
@@ -254,6 +277,7 @@ impl Node {
                 hostname: config.hostname.clone(),
                 tags: config.tags,
                 ephemeral: config.ephemeral,
+                known,
                 tls,
             },
             keys,
@@ -288,7 +312,8 @@ impl Node {
             asked_nearest: false,
             local: Vec::new(),
             relays,
-            session,
+            session: Some(session),
+            clock: Clock::of_host(),
             ephemeral: config.ephemeral,
             store: Arc::new(store),
             saving: None,
@@ -299,6 +324,7 @@ impl Node {
             known: identity_tx,
             login: login_tx,
             routes: routes_tx,
+            addresses: addresses_tx,
             rx_bytes: 0,
             tx_bytes: 0,
             segment: None,
@@ -326,6 +352,7 @@ impl Node {
                 identity,
                 login,
                 routes,
+                addresses,
                 zone,
             }),
         })
@@ -354,7 +381,12 @@ impl Node {
                         reason: error.clone(),
                     });
                 }
-                Login::NeedsLogin { url } => return Err(Error::NeedsLogin { url: url.clone() }),
+                Login::NeedsLogin { url, reason } => {
+                    return Err(Error::NeedsLogin {
+                        url: url.clone(),
+                        reason: reason.clone(),
+                    });
+                }
                 Login::Expired => return Err(Error::Expired { server: server() }),
                 Login::Offline { .. } if known.identity.is_some() => {
                     return known.identity.ok_or(Error::Stopped);
@@ -432,6 +464,23 @@ impl Node {
         }
     }
 
+    /// Leaves the tailnet, for as long as the node runs: the control server is told to forget it.
+    ///
+    /// # Errors
+    /// If the control server could not be told. The node has left all the same.
+    pub async fn logout(&self) -> Result<(), Error> {
+        let (done, finished) = oneshot::channel();
+        self.commands
+            .send(Command::Logout(done))
+            .await
+            .map_err(|_| Error::Stopped)?;
+        let told = finished.await.map_err(|_| Error::Stopped)?;
+        told.map_err(|reason| Error::LogoutUnheard {
+            server: self.shared.server.clone(),
+            reason,
+        })
+    }
+
     /// The names of the node's tailnet.
     pub fn zone(&self) -> Zone {
         self.shared.zone.clone()
@@ -453,6 +502,12 @@ impl Node {
     /// The addresses of the peers, as they change.
     pub fn routes(&self) -> watch::Receiver<Vec<IpNet>> {
         self.shared.routes.clone()
+    }
+
+    /// The node's own addresses. They seldom change: a node that was forgotten and joined again may
+    /// get others.
+    pub fn addresses(&self) -> watch::Receiver<Vec<IpAddr>> {
+        self.shared.addresses.clone()
     }
 }
 
@@ -476,7 +531,9 @@ struct Task {
     /// The host's addresses when they were last looked at.
     local: Vec<IpAddr>,
     relays: derp::Relays,
-    session: control::Handle,
+    /// `None`: logged out.
+    session: Option<control::Handle>,
+    clock: Clock,
     ephemeral: bool,
     store: Arc<Store>,
     /// The writing of a map that is under way.
@@ -489,6 +546,7 @@ struct Task {
     known: watch::Sender<Known>,
     login: watch::Sender<Login>,
     routes: watch::Sender<Vec<IpNet>>,
+    addresses: watch::Sender<Vec<IpAddr>>,
     rx_bytes: u64,
     tx_bytes: u64,
     segment: Option<Membership>,
@@ -552,6 +610,10 @@ impl Task {
                         self.resolver.set_siblings(zones);
                         Ok(())
                     }
+                    Some(Command::Logout(done)) => {
+                        self.log_out(done);
+                        Ok(())
+                    }
                     Some(Command::Stop { logout, done }) => {
                         stopped = Some(done);
                         break (None, logout);
@@ -584,8 +646,9 @@ impl Task {
         } = self;
         // First what others see: the logout may take seconds.
         drop((presence, segment, door, udp, relays));
-        if logout {
-            session.logout(LOGOUT).await;
+        if logout && let Some(session) = session {
+            // It logs its own failure, and nobody is there to hear of it.
+            let _ = session.logout(LOGOUT).await;
         }
         if let Some(saving) = saving {
             // It logs its own failures.
@@ -831,7 +894,7 @@ impl Task {
     /// Takes stock: of peers' keys that expired, and of our network, by asking the STUN servers or
     /// looking at what they answered.
     fn check(&mut self, now: Instant) {
-        let expired = self.netmap.expire(chrono::Utc::now());
+        let expired = self.netmap.expire(self.clock.now());
         if !expired.is_empty() {
             let changes = Changes {
                 peers: expired,
@@ -926,13 +989,36 @@ impl Task {
                 .collect(),
             ..NetInfo::default()
         };
-        self.session.advertise(control::Advertised {
-            endpoints,
-            net_info,
+        if let Some(session) = &self.session {
+            session.advertise(control::Advertised {
+                endpoints,
+                net_info,
+            });
+        }
+    }
+
+    /// Leaves the tailnet; what is left is a node that talks to nobody, until it is stopped.
+    fn log_out(&mut self, done: oneshot::Sender<Result<(), String>>) {
+        self.login.send_replace(Login::Stopped);
+        self.netmap = Netmap::default();
+        self.take_changes(&Changes::everything(), false);
+        self.unsaved.get_or_insert_with(Instant::now);
+        let session = self.session.take();
+        tokio::spawn(async move {
+            let told = match session {
+                Some(session) => session.logout(LOGOUT).await,
+                None => Ok(()),
+            };
+            // Whoever asked may have stopped waiting.
+            let _ = done.send(told);
         });
     }
 
     fn control(&mut self, event: control::Event) {
+        if self.session.is_none() {
+            // What the session said before it ended counts no more.
+            return;
+        }
         match event {
             control::Event::Login(login) => {
                 info!(?login, "control");
@@ -951,7 +1037,10 @@ impl Task {
     }
 
     fn map(&mut self, response: MapResponse, first: bool) {
-        let now = chrono::Utc::now();
+        if let Some(now) = response.control_time {
+            self.clock.set(now);
+        }
+        let now = self.clock.now();
         let changes = if first {
             self.netmap.restart(response, now)
         } else {
@@ -1001,6 +1090,11 @@ impl Task {
         if identity.addresses.is_empty() {
             return;
         }
+        self.addresses.send_if_modified(|known| {
+            let changed = *known != identity.addresses;
+            known.clone_from(&identity.addresses);
+            changed
+        });
         self.known.send_if_modified(|known| {
             let changed = known.identity.as_ref() != Some(&identity) || known.live != live;
             *known = Known {

@@ -260,6 +260,10 @@ impl Shims {
                 self.endpoints.detach(&key).await;
                 Ok(Response::Ok)
             }
+            Request::Logout { container } => {
+                self.endpoints.logout(&container).await?;
+                Ok(Response::Ok)
+            }
             Request::Status => Ok(Response::Status(self.endpoints.status().await)),
         }
     }

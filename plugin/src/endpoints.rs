@@ -21,7 +21,7 @@ use url::Url;
 
 use crate::{
     Error,
-    api::{ContainerStatus, Engine},
+    api::{ContainerStatus, Engine, is_called},
     identities::{Identities, Identity},
     interface::{self, Device, blocking},
     options::{self, Options},
@@ -371,7 +371,7 @@ impl Endpoints {
         {
             endpoint.node.join(segment, address).await;
         }
-        self.clone().keep(endpoint, identity.addresses.clone());
+        self.clone().keep(endpoint);
         Ok(Ready {
             interface: self.wanted(endpoint, &identity.addresses, endpoint.index().unwrap_or(0)),
             search_domains: identity.search_domains,
@@ -380,7 +380,7 @@ impl Endpoints {
     }
 
     /// Starts the task that keeps the endpoint's device set up, unless it runs.
-    fn keep(self: Arc<Self>, endpoint: &Arc<Endpoint>, addresses: Vec<IpAddr>) {
+    fn keep(self: Arc<Self>, endpoint: &Arc<Endpoint>) {
         let mut held = endpoint.held();
         let Some(tun) = held.tun.clone() else {
             return;
@@ -393,12 +393,14 @@ impl Endpoints {
             engine: endpoint.guest.key.engine,
             host: self.host,
         };
-        let peers = endpoint.node.routes();
+        let (own, peers) = (endpoint.node.addresses(), endpoint.node.routes());
         let kept = endpoint.clone();
         let keeper = tokio::spawn(async move {
-            let result = device
-                .keep(peers, |index| self.wanted(&kept, &addresses, index))
-                .await;
+            let wanted = |index| {
+                let addresses = kept.node.addresses().borrow().clone();
+                self.wanted(&kept, &addresses, index)
+            };
+            let result = device.keep(own, peers, wanted).await;
             let (container, network) = (&kept.guest.container_name, &kept.guest.network_name);
             match result {
                 Ok(()) => {}
@@ -477,6 +479,27 @@ impl Endpoints {
             ends.spawn(async move { all.end(endpoint, false).await });
         }
         ends.join_all().await;
+    }
+
+    /// Takes the nodes of the container of this name, or of an id that begins so, out of their
+    /// tailnets.
+    pub(crate) async fn logout(&self, container: &str) -> Result<(), Error> {
+        let mut wanted: Vec<_> = self.state().endpoints.values().cloned().collect();
+        wanted.retain(|endpoint| {
+            let guest = &endpoint.guest;
+            is_called(&guest.container_name, &guest.container_id, container)
+        });
+        if wanted.is_empty() {
+            return Err(Error::NoContainer {
+                container: container.to_owned(),
+            });
+        }
+        let mut logouts = JoinSet::new();
+        for endpoint in wanted {
+            logouts.spawn(async move { endpoint.node.logout().await });
+        }
+        let outcomes = logouts.join_all().await;
+        Ok(outcomes.into_iter().collect::<Result<(), _>>()?)
     }
 
     /// All of them, by container and network.

@@ -1,6 +1,6 @@
 use std::{fs, net::TcpStream, path::Path, process::Command, time::Duration};
 
-use serde_json::json;
+use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use crate::{
@@ -14,7 +14,7 @@ const STUN_PORT: u16 = 3478;
 /// Headscale, with its relay and STUN, on the underlay's router.
 pub struct Headscale {
     // Goes before the directory that its log is in.
-    _process: Process,
+    process: Process,
     state: TempDir,
 }
 
@@ -24,22 +24,22 @@ impl Headscale {
         let state = TempDir::new().expect("a directory for Headscale");
         fs::write(config(state.path()), configuration(state.path(), domain))
             .expect("write Headscale's configuration");
-        let mut command = underlay.router.command(peer("headscale"));
-        command
-            .arg("serve")
-            .arg("--config")
-            .arg(config(state.path()));
-        let process = Process::spawn(command, state.path().join("test.log"));
-        let headscale = Headscale {
-            _process: process,
-            state,
-        };
-        let address = (Underlay::ROUTER, PORT);
-        eventually("Headscale answers", Duration::from_secs(20), || {
-            underlay.router.run(|| TcpStream::connect(address)).is_ok()
-        });
+        let process = spawn(underlay, state.path());
+        let headscale = Headscale { process, state };
+        headscale.wait_until_it_answers(underlay);
         headscale.ask(&["users", "create", "user"]);
         headscale
+    }
+
+    /// Ends the server. Its state stays.
+    pub fn stop(&mut self) {
+        self.process.terminate();
+    }
+
+    /// Starts it again after [`Headscale::stop`].
+    pub fn restart(&mut self, underlay: &Underlay) {
+        self.process = spawn(underlay, self.state.path());
+        self.wait_until_it_answers(underlay);
     }
 
     /// The URL that nodes log in to.
@@ -67,6 +67,43 @@ impl Headscale {
         self.ask(&["policy", "set", "--file", &file.to_string_lossy()]);
     }
 
+    /// Makes a node log in again: now, or at a time, as RFC 3339 writes it.
+    pub fn expire(&self, name: &str, at: Option<&str>) {
+        let id = format!("--identifier={}", self.id(name));
+        let at = at.map(|at| format!("--expiry={at}"));
+        let words = ["nodes", "expire", &id].into_iter().chain(at.as_deref());
+        self.ask(&words.collect::<Vec<_>>());
+    }
+
+    /// Forgets a node.
+    pub fn delete(&self, name: &str) {
+        let id = format!("--identifier={}", self.id(name));
+        self.ask(&["nodes", "delete", "--force", &id]);
+    }
+
+    /// Calls a node otherwise.
+    pub fn rename(&self, name: &str, new: &str) {
+        let id = format!("--identifier={}", self.id(name));
+        self.ask(&["nodes", "rename", new, &id]);
+    }
+
+    /// The number of the node of this name.
+    fn id(&self, name: &str) -> u64 {
+        let text = self.ask(&["nodes", "list", "--output=json"]);
+        let nodes: Value = serde_json::from_str(&text).expect("the nodes as JSON");
+        let mut nodes = nodes.as_array().into_iter().flatten();
+        let node = nodes.find(|node| node["given_name"] == name);
+        let id = node.and_then(|node| node["id"].as_u64());
+        id.unwrap_or_else(|| panic!("Headscale has no node {name}: {text}"))
+    }
+
+    fn wait_until_it_answers(&self, underlay: &Underlay) {
+        let address = (Underlay::ROUTER, PORT);
+        eventually("Headscale answers", Duration::from_secs(20), || {
+            underlay.router.run(|| TcpStream::connect(address)).is_ok()
+        });
+    }
+
     fn ask(&self, words: &[&str]) -> String {
         let mut command = Command::new(peer("headscale"));
         command
@@ -75,6 +112,12 @@ impl Headscale {
             .arg(config(self.state.path()));
         ask(command).unwrap_or_else(|error| panic!("headscale {words:?}: {error}"))
     }
+}
+
+fn spawn(underlay: &Underlay, state: &Path) -> Process {
+    let mut command = underlay.router.command(peer("headscale"));
+    command.arg("serve").arg("--config").arg(config(state));
+    Process::spawn(command, state.join("test.log"))
 }
 
 fn url() -> String {

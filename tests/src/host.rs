@@ -13,7 +13,7 @@ use tempfile::TempDir;
 
 use crate::{
     Container, Namespace, Tailnet, Underlay, eventually,
-    program::{Process, is_empty, program},
+    program::{Process, ask, is_empty, program},
 };
 
 /// A machine that runs containers: a namespace with the daemon in it.
@@ -169,14 +169,16 @@ impl Host {
 
     /// The containers, as `tailnode status --json` tells them.
     pub fn status(&self) -> Vec<Value> {
-        let output = Command::new(program("tailnode"))
-            .args(["status", "--json"])
-            .env("TAILNODE_SOCKET", self.socket())
-            .output()
-            .expect("run tailnode");
-        let errors = String::from_utf8_lossy(&output.stderr);
-        assert!(output.status.success(), "tailnode status: {errors}");
-        serde_json::from_slice(&output.stdout).expect("the status as JSON")
+        let output = self.tailnode(&["status", "--json"]);
+        let output = output.unwrap_or_else(|error| panic!("tailnode status: {error}"));
+        serde_json::from_str(&output).expect("the status as JSON")
+    }
+
+    /// What `tailnode` says to these words, or its error.
+    pub fn tailnode(&self, words: &[&str]) -> Result<String, String> {
+        let mut command = Command::new(program("tailnode"));
+        command.args(words).env("TAILNODE_SOCKET", self.socket());
+        ask(command)
     }
 
     /// What the daemon says of one container.

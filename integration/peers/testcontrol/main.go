@@ -22,7 +22,7 @@ func main() {
 	flag.Parse()
 	relayAt := netip.MustParseAddrPort(*relay)
 
-	log.Fatal(http.ListenAndServe(*listen, &testcontrol.Server{
+	log.Fatal(http.ListenAndServe(*listen, administered(&testcontrol.Server{
 		ExplicitBaseURL:  "http://" + *listen,
 		RequireAuthKey:   *authKey,
 		MagicDNSDomain:   *domain,
@@ -46,5 +46,5 @@ func main() {
 				STUNPort: *stunPort,
 			}},
 		}}},
-	}))
+	})))
 }
