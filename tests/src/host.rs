@@ -13,7 +13,7 @@ use tempfile::TempDir;
 
 use crate::{
     Container, Namespace, Tailnet, Underlay, eventually,
-    program::{Process, is_empty, program},
+    program::{Process, ask, is_empty, program},
 };
 
 /// A machine that runs containers: a namespace with the daemon in it.
@@ -156,6 +156,13 @@ impl Host {
         let errors = String::from_utf8_lossy(&output.stderr);
         assert!(output.status.success(), "tailnode status: {errors}");
         serde_json::from_slice(&output.stdout).expect("the status as JSON")
+    }
+
+    /// What `tailnode status` shows to a person.
+    pub fn status_text(&self) -> String {
+        let mut command = Command::new(program("tailnode"));
+        command.arg("status").env("TAILNODE_SOCKET", self.socket());
+        ask(command).expect("tailnode status")
     }
 
     /// What the daemon says of one container.

@@ -15,6 +15,7 @@ mod names;
 mod policy;
 mod relay;
 mod scene;
+mod wire;
 
 use std::{
     any::Any,
@@ -33,6 +34,7 @@ const GROUPS: &[&[Case]] = &[
     join::CASES,
     direct::CASES,
     relay::CASES,
+    wire::CASES,
     names::CASES,
     policy::CASES,
 ];
