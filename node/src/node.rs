@@ -590,6 +590,13 @@ impl Task {
                     self.next_check = Instant::now();
                     Ok(())
                 }
+                () = self.relays.changed() => {
+                    if self.netcheck.set_lost(self.relays.lost()) {
+                        self.asked_nearest = false;
+                        self.next_check = Instant::now();
+                    }
+                    Ok(())
+                }
                 Some(region) = inputs.nearest.recv() => {
                     self.netcheck.set_fallback(region);
                     self.next_check = Instant::now();
@@ -934,7 +941,7 @@ impl Task {
             now + every
         };
         let report = self.netcheck.report(now);
-        if report.latency.is_empty() && !self.netcheck.waiting(now) && !self.asked_nearest {
+        if !report.by_stun && !self.netcheck.waiting(now) && !self.asked_nearest {
             self.asked_nearest = true;
             let (nearest, answer) = (self.relays.nearest(), self.nearest_tx.clone());
             tokio::spawn(async move {
@@ -1156,7 +1163,7 @@ impl Task {
             } else {
                 region(self.report.home)
             },
-            health: self.netmap.health_lines(),
+            health: [self.netmap.health_lines(), self.relays.troubles()].concat(),
             peers: self
                 .door
                 .router()

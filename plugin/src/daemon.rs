@@ -397,7 +397,8 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let (listener, file) = listen(directory.path().join("s.sock")).await.unwrap();
         let nodes = directory.path().join("nodes");
-        let endpoints = Arc::new(Endpoints::new(nodes, Options::default()).unwrap());
+        let endpoints =
+            Arc::new(Endpoints::new(nodes, Options::default(), Offload::All.into()).unwrap());
         let podman_db = directory.path().join("db.sql");
         let server = tokio::spawn(
             Arc::new(Shims {
@@ -481,7 +482,14 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let (listener, file) = listen(directory.path().join("s.sock")).await.unwrap();
         let shims = Arc::new(Shims {
-            endpoints: Arc::new(Endpoints::new("/nonexistent".into(), Options::default()).unwrap()),
+            endpoints: Arc::new(
+                Endpoints::new(
+                    "/nonexistent".into(),
+                    Options::default(),
+                    Offload::All.into(),
+                )
+                .unwrap(),
+            ),
             podman_db: "/nonexistent/db.sql".into(),
         });
         let server = tokio::spawn(shims.serve(listener));

@@ -181,6 +181,13 @@ impl Host {
         ask(command)
     }
 
+    /// What `tailnode status` shows to a person.
+    pub fn status_text(&self) -> String {
+        let mut command = Command::new(program("tailnode"));
+        command.arg("status").env("TAILNODE_SOCKET", self.socket());
+        ask(command).expect("tailnode status")
+    }
+
     /// What the daemon says of one container.
     pub fn status_of(&self, container: &Container) -> Option<Value> {
         self.status()
