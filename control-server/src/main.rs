@@ -14,7 +14,7 @@ use chrono::{DateTime, Utc};
 use clap::{Args, Parser, Subcommand};
 use ipnet::IpNet;
 use tailnode_control_server::{
-    Config, DEFAULT_DOMAIN, KeySpec, Server,
+    Config, DEFAULT_DOMAIN, KeySpec, Server, TlsFiles,
     admin::{self, Answer, Request},
     read_policy,
 };
@@ -59,7 +59,7 @@ struct Serve {
     /// Where STUN listens, by UDP.
     #[arg(long, default_value = "127.0.0.1:3478")]
     stun: SocketAddr,
-    /// How nodes reach the server (default: http:// and the address it listens on).
+    /// How nodes reach the server (default: http:// or https:// and the address it listens on).
     #[arg(long)]
     url: Option<Url>,
     /// Suffix of all names.
@@ -68,6 +68,15 @@ struct Serve {
     /// Who may reach whom, in HuJSON; SIGHUP reads it again (default: everyone, everyone).
     #[arg(long, value_name = "FILE")]
     policy: Option<PathBuf>,
+    /// Serve HTTPS with this certificate: PEM, the certificates that lead to its CA after it.
+    #[arg(long, value_name = "FILE", requires = "tls_key")]
+    tls_cert: Option<PathBuf>,
+    /// The certificate's key: PEM.
+    #[arg(long, value_name = "FILE", requires = "tls_cert")]
+    tls_key: Option<PathBuf>,
+    /// Further relays, as JSON in the form of Tailscale's DERP map.
+    #[arg(long, value_name = "FILE")]
+    derp_map: Option<PathBuf>,
 }
 
 #[derive(Args)]
@@ -138,6 +147,15 @@ enum NodeCommand {
     Expire {
         /// Its number.
         id: i64,
+        #[command(flatten)]
+        state: StateDir,
+    },
+    /// Call a node otherwise; it keeps the name until it asks for another itself.
+    Rename {
+        /// Its number.
+        id: i64,
+        /// One label, such as web.
+        name: String,
         #[command(flatten)]
         state: StateDir,
     },
@@ -275,6 +293,9 @@ async fn run(command: Command) -> anyhow::Result<()> {
         Command::Node(NodeCommand::Expire { id, state }) => {
             ask(state, Request::ExpireNode { id }).await
         }
+        Command::Node(NodeCommand::Rename { id, name, state }) => {
+            ask(state, Request::RenameNode { id, name }).await
+        }
         Command::Node(NodeCommand::Approve { id, user, state }) => {
             ask(state, Request::ApproveNode { id, user }).await
         }
@@ -353,6 +374,11 @@ async fn serve(args: Serve) -> anyhow::Result<()> {
         state: args.state.dir,
         domain: args.domain,
         policy: args.policy,
+        tls: args
+            .tls_cert
+            .zip(args.tls_key)
+            .map(|(cert, key)| TlsFiles { cert, key }),
+        derp_map: args.derp_map,
     })
     .await?;
     tracing::info!("serving at {}", server.url());

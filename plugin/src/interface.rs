@@ -37,13 +37,11 @@ const TAILNET_V6: Ipv6Net =
 /// What decides how the device of a node is set up.
 #[derive(Clone, Copy)]
 pub(crate) struct Wanted<'a> {
-    /// The node's.
-    pub(crate) addresses: &'a [IpAddr],
-    /// Its address in a network of this host alone.
+    /// The node's address in a network of this host alone.
     pub(crate) local: Option<IpNet>,
     /// The device's number in its container.
     pub(crate) index: u32,
-    /// What the node reaches.
+    /// Who the node is, and what it reaches.
     pub(crate) reach: &'a Reach,
     /// What the container's tailnets reach that come before this one.
     pub(crate) taken: &'a HashSet<IpNet>,
@@ -56,10 +54,10 @@ pub(crate) struct Wanted<'a> {
 /// How the device of a node should be set up.
 pub(crate) fn wanted(wanted: &Wanted) -> Interface {
     let mut routes = Vec::new();
-    if wanted.addresses.iter().any(IpAddr::is_ipv4) {
+    if wanted.reach.addresses.iter().any(IpAddr::is_ipv4) {
         routes.push(IpNet::from(TAILNET_V4));
     }
-    if wanted.addresses.iter().any(IpAddr::is_ipv6) {
+    if wanted.reach.addresses.iter().any(IpAddr::is_ipv6) {
         routes.push(IpNet::from(TAILNET_V6));
     }
     let free = |net: &&IpNet| !wanted.taken.contains(net);
@@ -70,7 +68,7 @@ pub(crate) fn wanted(wanted: &Wanted) -> Interface {
     }
     routes.extend(wanted.reach.subnets.iter().filter(free));
     // Behind the tailnet's, so that packets to the local network carry a tailnet address too.
-    let addresses = wanted.addresses.iter().copied();
+    let addresses = wanted.reach.addresses.iter().copied();
     let addresses = addresses.chain(wanted.local.map(|local| local.addr()));
     routes.extend(wanted.local.map(|local| local.trunc()));
     Interface {
@@ -136,7 +134,8 @@ impl Device {
                 match index_of(&name) {
                     // The first has routes of its own only to subnets.
                     Some(index) if index > 0 || self.accepts_routes => (index, &[100, 2000]),
-                    _ => return Ok(()),
+                    Some(index) => (index, &[]),
+                    None => return Ok(()),
                 }
             }
             // Docker may turn IPv6 off on the device, depending on its version even after it has
@@ -148,7 +147,8 @@ impl Device {
             .iter()
             .map(|&time| began + Duration::from_millis(time));
         let mut next = times.next();
-        let mut last = None;
+        // The shim sets what is so now.
+        let mut last = next.is_none().then(|| wanted(index));
         loop {
             let timed = tokio::select! {
                 () = sleep_until(next.unwrap_or(began)), if next.is_some() => {
@@ -250,17 +250,16 @@ mod tests {
 
     #[test]
     fn the_first_tailnet_has_the_range_and_the_second_its_peers() {
-        let own = [
-            "100.64.0.1".parse().unwrap(),
-            "fd7a:115c:a1e0::1".parse().unwrap(),
-        ];
         let reach = Reach {
+            addresses: vec![
+                "100.64.0.1".parse().unwrap(),
+                "fd7a:115c:a1e0::1".parse().unwrap(),
+            ],
             peers: nets(&["100.64.0.2/32", "100.64.0.3/32"]),
             subnets: nets(&["10.1.0.0/24", "10.2.0.0/24"]),
         };
         let nothing = HashSet::new();
         let plain = Wanted {
-            addresses: &own,
             local: None,
             index: 0,
             reach: &reach,
@@ -281,8 +280,12 @@ mod tests {
         let taken = nets(&["100.64.0.2/32", "10.2.0.0/24"])
             .into_iter()
             .collect();
+        let one_address = Reach {
+            addresses: reach.addresses[..1].to_vec(),
+            ..reach.clone()
+        };
         let second = wanted(&Wanted {
-            addresses: &own[..1],
+            reach: &one_address,
             index: 1,
             taken: &taken,
             trap_dns: true,
@@ -303,9 +306,11 @@ mod tests {
         assert_eq!(resolver(&third), IpAddr::from(RESOLVER_V6));
 
         let local = wanted(&Wanted {
-            addresses: &own[..1],
             local: "172.19.0.2/16".parse().ok(),
-            reach: &Reach::default(),
+            reach: &Reach {
+                subnets: Vec::new(),
+                ..one_address
+            },
             ..plain
         });
         assert_eq!(local.addresses, nets(&["100.64.0.1/32", "172.19.0.2/32"]));

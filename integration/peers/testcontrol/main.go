@@ -1,14 +1,14 @@
-// testcontrol serves the control server of Tailscale's own tests, whose tailnet has one relay.
-// Everything is in memory, and everyone may reach everyone. The form of POST /routes (node, a host
-// name, and any number of route) says what a node routes from then on.
+// testcontrol serves the control server of Tailscale's own tests. Everything is in memory, and
+// everyone may reach everyone.
 package main
 
 import (
+	"encoding/json"
 	"flag"
-	"fmt"
 	"log"
 	"net/http"
-	"net/netip"
+	"os"
+	"strings"
 
 	"tailscale.com/tailcfg"
 	"tailscale.com/tstest/integration/testcontrol"
@@ -17,16 +17,30 @@ import (
 
 func main() {
 	listen := flag.String("listen", "", "IP:PORT of the control server")
-	relay := flag.String("relay", "", "IP:PORT of the relay, which is told to nodes")
-	stunPort := flag.Int("stun-port", 3478, "its STUN port")
+	tlsCert := flag.String("tls-cert", "", "serve HTTPS with the certificate in this file")
+	tlsKey := flag.String("tls-key", "", "the file with its key")
+	derpMap := flag.String("derp-map", "", "file with the relays that are told to nodes, as JSON")
 	domain := flag.String("domain", "", "suffix of all names")
 	authKey := flag.String("auth-key", "", "what nodes must know to join")
+	byLogin := flag.Bool("by-login", false, "nodes join when somebody opens their login page")
 	flag.Parse()
-	relayAt := netip.MustParseAddrPort(*relay)
 
-	server := &testcontrol.Server{
-		ExplicitBaseURL:  "http://" + *listen,
+	text, err := os.ReadFile(*derpMap)
+	if err != nil {
+		log.Fatal(err)
+	}
+	var relays tailcfg.DERPMap
+	if err := json.Unmarshal(text, &relays); err != nil {
+		log.Fatalf("%s: %v", *derpMap, err)
+	}
+	scheme := "http://"
+	if *tlsCert != "" {
+		scheme = "https://"
+	}
+	control := &testcontrol.Server{
+		ExplicitBaseURL:  scheme + *listen,
 		RequireAuthKey:   *authKey,
+		RequireAuth:      *byLogin,
 		MagicDNSDomain:   *domain,
 		AllNodesSameUser: true,
 		AllOnline:        true,
@@ -35,46 +49,18 @@ func main() {
 			Domains: []string{*domain},
 			Routes:  map[string][]*dnstype.Resolver{*domain: nil},
 		},
-		DERPMap: &tailcfg.DERPMap{Regions: map[int]*tailcfg.DERPRegion{1: {
-			RegionID:   1,
-			RegionCode: "test",
-			Nodes: []*tailcfg.DERPNode{{
-				Name:     "1a",
-				RegionID: 1,
-				HostName: relayAt.Addr().String(),
-				IPv4:     relayAt.Addr().String(),
-				IPv6:     "none",
-				DERPPort: int(relayAt.Port()),
-				STUNPort: *stunPort,
-			}},
-		}}},
+		DERPMap: &relays,
 	}
-	http.HandleFunc("POST /routes", func(w http.ResponseWriter, r *http.Request) {
-		if err := setRoutes(server, r); err != nil {
-			http.Error(w, err.Error(), http.StatusBadRequest)
+	handler := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		switch {
+		case !strings.HasPrefix(r.URL.Path, "/auth/"):
+			administered(control).ServeHTTP(w, r)
+		case !control.CompleteAuth(r.URL.Path):
+			http.NotFound(w, r)
 		}
 	})
-	http.Handle("/", server)
-	log.Fatal(http.ListenAndServe(*listen, nil))
-}
-
-func setRoutes(server *testcontrol.Server, r *http.Request) error {
-	if err := r.ParseForm(); err != nil {
-		return err
+	if *tlsCert != "" {
+		log.Fatal(http.ListenAndServeTLS(*listen, *tlsCert, *tlsKey, handler))
 	}
-	var routes []netip.Prefix
-	for _, text := range r.PostForm["route"] {
-		route, err := netip.ParsePrefix(text)
-		if err != nil {
-			return err
-		}
-		routes = append(routes, route)
-	}
-	for _, node := range server.AllNodes() {
-		if node.Hostinfo.Hostname() == r.PostForm.Get("node") {
-			server.SetSubnetRoutes(node.Key, routes)
-			return nil
-		}
-	}
-	return fmt.Errorf("no node is called %q", r.PostForm.Get("node"))
+	log.Fatal(http.ListenAndServe(*listen, handler))
 }
