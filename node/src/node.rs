@@ -46,10 +46,11 @@ use crate::{
 
 /// Packets handled from one source before the others have their turn.
 const TURN: usize = 64;
-/// Batches of datagrams received before the others have their turn.
-const TURN_BATCHES: usize = 2;
-/// Bytes collected before they are sent, so that one turn's memory stays bounded.
-const FLUSH: usize = 512 * 1024;
+/// Bytes handled before the others have theirs: some 200 µs of encryption, which is what a packet of
+/// another flow may have to wait.
+const TURN_BYTES: usize = 256 * 1024;
+/// Bytes collected before they are sent: enough for trains and bursts, and still in the cache.
+const FLUSH: usize = 128 * 1024;
 /// How often endpoints are looked up while packets flow; NATs forget after 30 s (RFC 4787).
 const CHECK_BUSY: Duration = Duration::from_secs(25);
 /// How often while they do not.
@@ -689,10 +690,12 @@ impl Task {
                 joiner,
                 ..
             } = scratch;
+            let mut bytes = 0;
             for _ in 0..TURN {
                 let Some((header, packet)) = self.door.device.receive(packet)? else {
                     break;
                 };
+                bytes += packet.len();
                 let burst = match Burst::new(header, packet) {
                     Ok(burst) => burst,
                     Err(misfit) => {
@@ -703,6 +706,9 @@ impl Task {
                 self.serve_burst(Router::outbound, &burst, cut, out, now);
                 if out.len() > FLUSH {
                     self.flush(out, joiner)?;
+                }
+                if bytes > TURN_BYTES {
+                    break;
                 }
             }
             self.flush(out, joiner)
@@ -715,7 +721,8 @@ impl Task {
             let Scratch {
                 batch, out, joiner, ..
             } = scratch;
-            for _ in 0..TURN_BATCHES {
+            let mut bytes = 0;
+            for _ in 0..TURN {
                 match self.udp.receive(batch) {
                     Ok(()) => {}
                     Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
@@ -726,6 +733,7 @@ impl Task {
                     }
                 }
                 for (from, train, size) in batch.trains() {
+                    bytes += train.len();
                     let mut router = self.door.router();
                     for datagram in train.chunks(size) {
                         if stun::is_stun(datagram) {
@@ -741,6 +749,9 @@ impl Task {
                     if out.len() > FLUSH {
                         self.flush(out, joiner)?;
                     }
+                }
+                if bytes > TURN_BYTES {
+                    break;
                 }
             }
             self.flush(out, joiner)
