@@ -11,6 +11,7 @@ pub const CASES: &[Case] = &[
     ("relay.restarted", ALL, restarted),
     ("relay.untrusted", ALL, untrusted),
     ("relay.home-lost", ALL, home_lost),
+    ("relay.home-lost-both", ALL, home_lost_both),
 ];
 
 /// The relay of the first region, and that of the second.
@@ -117,4 +118,25 @@ fn home_lost(server: Server) {
         web.home_relay() == SECOND
     });
     relayed(&web, &gopher);
+}
+
+/// Theirs stays at home where its relay answers STUN and nothing else; ours answers it all the same.
+fn home_lost_both(server: Server) {
+    let mut scene = Scene::two_regions(server);
+    scene.underlay.block_udp();
+    let machine = || scene.host_far_from(FIRST);
+    let (web, gopher) = scene.pair(machine(), machine());
+    within(30, "both are at home in the second region", || {
+        web.home_relay() == SECOND && gopher.home_relay() == SECOND
+    });
+    relayed(&web, &gopher);
+    let relay = scene.relay.as_mut().unwrap();
+    relay.kill();
+    relay.restart_without_relay(&scene.underlay);
+    within(60, "our home is the first region", || {
+        web.home_relay() == scene.first()
+    });
+    arrives(&gopher, &web, web.addresses[0], 30);
+    arrives(&web, &gopher, gopher.addresses[0], 30);
+    same_bytes(&web, &gopher, 100_000);
 }
