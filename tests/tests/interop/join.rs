@@ -19,7 +19,6 @@ pub const CASES: &[Case] = &[
     ("join.private-ca", ALL, private_ca),
     ("join.plain-http", ALL, plain_http),
     ("join.server-away", ALL, server_away),
-    ("join.findable", ALL, findable),
 ];
 
 fn reusable(server: Server) {
@@ -183,22 +182,4 @@ fn server_away(server: Server) {
     let late = scene.gopher("late", &key, scene.host());
     reach(&web, &late.addresses);
     reach(&late, &web.addresses);
-}
-
-/// The first packet of a peer arrives as soon as our container runs and the peer knows it: one that
-/// did not know our relay would be silent for 5 s (WireGuard's handshake timeout).
-fn findable(server: Server) {
-    let scene = Scene::new(server);
-    let key = scene.key(&["--reusable"]);
-    let gopher = scene.gopher("gopher", &key, scene.host());
-    for name in ["a", "b", "c", "d"] {
-        let began = Instant::now();
-        let ours = scene.ours(name, &key, scene.host());
-        eprintln!("joined after {:?}", began.elapsed());
-        let address = ours.addresses[0];
-        within(10, "the peer knows it", || gopher.peer(name).is_some());
-        eprintln!("known after {:?}", began.elapsed());
-        let r = gopher.ping_within(address, Duration::from_secs(7));
-        eprintln!("PING {r:?} after {:?}", began.elapsed());
-    }
 }

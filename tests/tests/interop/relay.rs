@@ -6,6 +6,7 @@ use crate::scene::*;
 
 pub const CASES: &[Case] = &[
     ("relay.udp-blocked", ALL, udp_blocked),
+    ("relay.no-stun", ALL, no_stun),
     ("relay.path-lost", ALL, path_lost),
     ("relay.two-regions", ALL, two_regions),
     ("relay.restarted", ALL, restarted),
@@ -22,6 +23,16 @@ fn udp_blocked(server: Server) {
     let scene = Scene::new(server);
     scene.underlay.block_udp();
     let (web, gopher) = scene.pair(scene.host(), scene.host());
+    relayed(&web, &gopher);
+    same_bytes(&web, &gopher, 1_000_000);
+}
+
+/// No UDP passes at all, so that nobody tells the ends which relay is near.
+fn no_stun(server: Server) {
+    let scene = Scene::new(server);
+    scene.underlay.block_udp();
+    let machine = || scene.host_far_from(FIRST);
+    let (web, gopher) = scene.pair(machine(), machine());
     relayed(&web, &gopher);
     same_bytes(&web, &gopher, 1_000_000);
 }
