@@ -12,7 +12,8 @@ pub const CASES: &[Case] = &[
     ("relay.restarted", ALL, restarted),
     ("relay.untrusted", ALL, untrusted),
     ("relay.home-lost", ALL, home_lost),
-    ("relay.home-lost-both", ALL, home_lost_both),
+    ("relay.home-lost-both", &[T], home_lost_both),
+    ("relay.home-vanished", &[C], home_vanished),
 ];
 
 /// The relay of the first region, and that of the second.
@@ -150,4 +151,21 @@ fn home_lost_both(server: Server) {
     arrives(&gopher, &web, web.addresses[0], 30);
     arrives(&web, &gopher, gopher.addresses[0], 30);
     same_bytes(&web, &gopher, 100_000);
+}
+
+/// Nothing tells that the relay is gone, but that it is silent.
+fn home_vanished(server: Server) {
+    let scene = Scene::two_regions(server);
+    scene.underlay.block_udp();
+    let (web, gopher) = scene.pair(scene.host_far_from(FIRST), scene.host_far_from(OTHER));
+    within(30, "our home is the second region", || {
+        web.home_relay() == SECOND
+    });
+    relayed(&web, &gopher);
+    scene.underlay.take_away(OTHER);
+    within(90, "our home is the first region", || {
+        web.home_relay() == scene.first()
+    });
+    arrives(&gopher, &web, web.addresses[0], 30);
+    arrives(&web, &gopher, gopher.addresses[0], 30);
 }
