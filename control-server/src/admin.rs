@@ -46,6 +46,13 @@ pub enum Request {
         /// Which.
         id: NodeId,
     },
+    /// Call a node otherwise.
+    RenameNode {
+        /// Which.
+        id: NodeId,
+        /// One label of DNS, not yet another node's.
+        name: String,
+    },
     /// Let a node in that waits.
     ApproveNode {
         /// The last part of its AuthURL.
@@ -95,6 +102,10 @@ impl Request {
             }
             Self::ExpireNode { id } => {
                 state.expire(id, now)?;
+                Answer::Done
+            }
+            Self::RenameNode { id, name } => {
+                state.call(id, &name)?;
                 Answer::Done
             }
             Self::ApproveNode { id, user } => Answer::Node(state.approve(&id, user, now)?),

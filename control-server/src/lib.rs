@@ -204,6 +204,20 @@ pub enum Error {
         /// The number.
         id: NodeId,
     },
+    /// Not a name for a node.
+    #[error("{name:?} is not a host name; write it with small letters, digits and dashes")]
+    BadName {
+        /// What was given.
+        name: String,
+    },
+    /// A name that another node has.
+    #[error("{name:?} is the name of node {by}; give that another first")]
+    NameTaken {
+        /// What was given.
+        name: String,
+        /// Whose it is.
+        by: NodeId,
+    },
     /// No node waits there.
     #[error("no node waits under {id:?}; the node shows the right one when it asks to log in")]
     NoPending {

@@ -146,6 +146,15 @@ enum NodeCommand {
         #[command(flatten)]
         state: StateDir,
     },
+    /// Call a node otherwise; it keeps the name until it asks for another itself.
+    Rename {
+        /// Its number.
+        id: i64,
+        /// One label, such as web.
+        name: String,
+        #[command(flatten)]
+        state: StateDir,
+    },
     /// Let a node in that waits.
     Approve {
         /// The last part of the URL that the node shows.
@@ -252,6 +261,9 @@ async fn run(command: Command) -> anyhow::Result<()> {
         }
         Command::Node(NodeCommand::Expire { id, state }) => {
             ask(state, Request::ExpireNode { id }).await
+        }
+        Command::Node(NodeCommand::Rename { id, name, state }) => {
+            ask(state, Request::RenameNode { id, name }).await
         }
         Command::Node(NodeCommand::Approve { id, user, state }) => {
             ask(state, Request::ApproveNode { id, user }).await

@@ -538,6 +538,25 @@ impl State {
         Ok(())
     }
 
+    /// Gives a node the name that an administrator chose; it keeps it until it asks for another.
+    pub fn call(&mut self, id: NodeId, name: &str) -> Result<(), Error> {
+        let mut member = self.members.get(&id).cloned().ok_or(Error::NoNode { id })?;
+        if dns_label(name) != name {
+            return Err(Error::BadName {
+                name: name.to_owned(),
+            });
+        }
+        let namesake = |other: &&Member| other.id != id && other.name == name;
+        if let Some(other) = self.members.values().find(namesake) {
+            return Err(Error::NameTaken {
+                name: name.to_owned(),
+                by: other.id,
+            });
+        }
+        name.clone_into(&mut member.name);
+        self.keep(member)
+    }
+
     /// A node keeps its name until it wants another.
     fn rename(&self, member: &mut Member, hostname: &str) {
         let wanted = dns_label(hostname);
@@ -960,6 +979,25 @@ mod tests {
         assert_eq!(join(state, "db", &key), "");
         assert_eq!(state.nodes()[2].addresses[0].to_string(), "100.64.0.4");
         assert_eq!(state.nodes()[2].id, 4);
+    }
+
+    #[test]
+    fn an_administrator_names_nodes() {
+        let (_dir, tailnet) = tailnet();
+        let state = &mut *tailnet.state();
+        let key = reusable(state);
+        let machine = MachinePublicKey::random();
+        let web = request(NodePublicKey::random(), "web", &key);
+        answer(state, &machine, &web);
+        assert_eq!(join(state, "db", &key), "");
+        state.call(1, "shop").unwrap();
+        // It asks for the same name as before, and keeps the one that it was given.
+        answer(state, &machine, &web);
+        assert_eq!(names(state), ["shop", "db"]);
+        for (id, name) in [(1, "db"), (1, "Web"), (1, "a.b"), (1, ""), (9, "web")] {
+            assert!(state.call(id, name).is_err(), "{id} {name}");
+        }
+        state.call(1, "shop").unwrap();
     }
 
     #[test]

@@ -850,6 +850,7 @@ mod tests {
             hostname: "member".into(),
             tags: Vec::new(),
             ephemeral: false,
+            known: false,
             tls: dial::tls_config(),
         };
         let keys = Keys::random();

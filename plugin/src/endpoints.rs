@@ -11,7 +11,7 @@ use std::{
 };
 
 use ipnet::IpNet;
-use tailnode_node::{Login, Node, Segment, Zone};
+use tailnode_node::{Login, Neighbours, Node, Offload, Segment, Zone};
 use tailnode_tun::{Interface, Netns};
 use tokio::{
     task::{AbortHandle, JoinSet},
@@ -21,7 +21,7 @@ use url::Url;
 
 use crate::{
     Error,
-    api::{ContainerStatus, Engine},
+    api::{ContainerStatus, Engine, is_called},
     identities::{Identities, Identity},
     interface::{self, Device, blocking},
     options::{self, Options},
@@ -85,6 +85,9 @@ pub(crate) struct Endpoints {
     defaults: Options,
     identities: Identities,
     host: (u64, u64),
+    /// All nodes of this daemon.
+    neighbours: Neighbours,
+    offload: Offload,
     state: Mutex<State>,
 }
 
@@ -185,11 +188,17 @@ struct Held {
 impl Endpoints {
     /// None yet. They will keep their state below `directory`; `defaults` is what the host's
     /// configuration sets.
-    pub(crate) fn new(directory: PathBuf, defaults: Options) -> Result<Self, Error> {
+    pub(crate) fn new(
+        directory: PathBuf,
+        defaults: Options,
+        offload: Offload,
+    ) -> Result<Self, Error> {
         Ok(Endpoints {
             defaults,
             identities: Identities::new(directory),
             host: Netns::current()?.id(),
+            neighbours: Neighbours::default(),
+            offload,
             state: Mutex::default(),
         })
     }
@@ -314,6 +323,8 @@ impl Endpoints {
             tags: options.tags.unwrap_or_default(),
             ephemeral,
             names_elsewhere,
+            offload: self.offload,
+            neighbours: self.neighbours.clone(),
             tun,
         })
         .await;
@@ -384,7 +395,7 @@ impl Endpoints {
         {
             endpoint.node.join(segment, address).await;
         }
-        self.clone().keep(endpoint, identity.addresses.clone());
+        self.clone().keep(endpoint);
         Ok(Ready {
             interface: self.wanted(endpoint, &identity.addresses, endpoint.index().unwrap_or(0)),
             search_domains: identity.search_domains,
@@ -393,7 +404,7 @@ impl Endpoints {
     }
 
     /// Starts the task that keeps the endpoint's device set up, unless it runs.
-    fn keep(self: Arc<Self>, endpoint: &Arc<Endpoint>, addresses: Vec<IpAddr>) {
+    fn keep(self: Arc<Self>, endpoint: &Arc<Endpoint>) {
         let mut held = endpoint.held();
         let Some(tun) = held.tun.clone() else {
             return;
@@ -406,12 +417,14 @@ impl Endpoints {
             engine: endpoint.guest.key.engine,
             host: self.host,
         };
-        let peers = endpoint.node.routes();
+        let (own, peers) = (endpoint.node.addresses(), endpoint.node.routes());
         let kept = endpoint.clone();
         let keeper = tokio::spawn(async move {
-            let result = device
-                .keep(peers, |index| self.wanted(&kept, &addresses, index))
-                .await;
+            let wanted = |index| {
+                let addresses = kept.node.addresses().borrow().clone();
+                self.wanted(&kept, &addresses, index)
+            };
+            let result = device.keep(own, peers, wanted).await;
             let (container, network) = (&kept.guest.container_name, &kept.guest.network_name);
             match result {
                 Ok(()) => {}
@@ -490,6 +503,27 @@ impl Endpoints {
             ends.spawn(async move { all.end(endpoint, false).await });
         }
         ends.join_all().await;
+    }
+
+    /// Takes the nodes of the container of this name, or of an id that begins so, out of their
+    /// tailnets.
+    pub(crate) async fn logout(&self, container: &str) -> Result<(), Error> {
+        let mut wanted: Vec<_> = self.state().endpoints.values().cloned().collect();
+        wanted.retain(|endpoint| {
+            let guest = &endpoint.guest;
+            is_called(&guest.container_name, &guest.container_id, container)
+        });
+        if wanted.is_empty() {
+            return Err(Error::NoContainer {
+                container: container.to_owned(),
+            });
+        }
+        let mut logouts = JoinSet::new();
+        for endpoint in wanted {
+            logouts.spawn(async move { endpoint.node.logout().await });
+        }
+        let outcomes = logouts.join_all().await;
+        Ok(outcomes.into_iter().collect::<Result<(), _>>()?)
     }
 
     /// All of them, and those that wait to be let in, by container and network.
@@ -708,7 +742,12 @@ mod tests {
     #[tokio::test]
     async fn a_container_that_is_detached_while_it_waits_gets_no_node() {
         let directory = tempfile::tempdir().unwrap();
-        let all = Endpoints::new(directory.path().to_owned(), Options::default()).unwrap();
+        let all = Endpoints::new(
+            directory.path().to_owned(),
+            Options::default(),
+            Offload::All,
+        )
+        .unwrap();
         let all = Arc::new(all);
         let soon = Instant::now() + Duration::from_secs(60);
         let before = all.identities.take("tailnet", "web", soon).await.unwrap();

@@ -63,6 +63,19 @@ impl Gopher {
         Ok(gopher)
     }
 
+    /// Joins again after its key has expired or it has logged out.
+    pub fn join_again(&self, login_server: &str, key: &str, name: &str) {
+        let key = format!("--auth-key={key}");
+        self.up(login_server, name, &["--force-reauth", &key])
+            .unwrap_or_else(|error| panic!("tailscale up: {error}"));
+    }
+
+    /// `tailscale logout`.
+    pub fn log_out(&self) {
+        self.tailscale(&["logout"])
+            .unwrap_or_else(|error| panic!("tailscale logout: {error}"));
+    }
+
     fn start(namespace: Namespace, login_server: &str) -> Gopher {
         let directory = TempDir::new().expect("a directory for tailscaled");
         let gopher = Gopher {

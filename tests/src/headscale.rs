@@ -91,6 +91,36 @@ impl Headscale {
         self.ask(&["policy", "set", "--file", &file.to_string_lossy()]);
     }
 
+    /// Makes a node log in again: now, or at a time, as RFC 3339 writes it.
+    pub fn expire(&self, name: &str, at: Option<&str>) {
+        let id = format!("--identifier={}", self.id(name));
+        let at = at.map(|at| format!("--expiry={at}"));
+        let words = ["nodes", "expire", &id].into_iter().chain(at.as_deref());
+        self.ask(&words.collect::<Vec<_>>());
+    }
+
+    /// Forgets a node.
+    pub fn delete(&self, name: &str) {
+        let id = format!("--identifier={}", self.id(name));
+        self.ask(&["nodes", "delete", "--force", &id]);
+    }
+
+    /// Calls a node otherwise.
+    pub fn rename(&self, name: &str, new: &str) {
+        let id = format!("--identifier={}", self.id(name));
+        self.ask(&["nodes", "rename", new, &id]);
+    }
+
+    /// The number of the node of this name.
+    fn id(&self, name: &str) -> u64 {
+        let text = self.ask(&["nodes", "list", "--output=json"]);
+        let nodes: Value = serde_json::from_str(&text).expect("the nodes as JSON");
+        let mut nodes = nodes.as_array().into_iter().flatten();
+        let node = nodes.find(|node| node["given_name"] == name);
+        let id = node.and_then(|node| node["id"].as_u64());
+        id.unwrap_or_else(|| panic!("Headscale has no node {name}: {text}"))
+    }
+
     fn wait_until_it_answers(&self, underlay: &Underlay) {
         let address = (Underlay::ROUTER, PORT);
         eventually("Headscale answers", Duration::from_secs(20), || {

@@ -90,6 +90,27 @@ impl Tailnet {
         self.control(&["node", "approve"], &[id]);
     }
 
+    /// Makes a node log in again.
+    pub fn expire(&self, name: &str) {
+        self.control(&["node", "expire"], &[&self.id(name)]);
+    }
+
+    /// Forgets a node.
+    pub fn delete(&self, name: &str) {
+        self.control(&["node", "delete"], &[&self.id(name)]);
+    }
+
+    /// Calls a node otherwise.
+    pub fn rename(&self, name: &str, new: &str) {
+        self.control(&["node", "rename"], &[&self.id(name), new]);
+    }
+
+    fn id(&self, name: &str) -> String {
+        let node = self.node(name);
+        let node = node.unwrap_or_else(|| panic!("there is no node {name}"));
+        node["id"].to_string()
+    }
+
     /// Says who may reach whom from now on.
     pub fn set_policy(&self, policy: &str) {
         let file = self.state.path().join("policy.hujson");

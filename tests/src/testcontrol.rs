@@ -68,6 +68,33 @@ impl Testcontrol {
         testcontrol
     }
 
+    /// Does what integration/peers/testcontrol/admin.go offers at this path, which ends in a query.
+    /// Returns the answer, or why it was refused.
+    pub fn administer(
+        &self,
+        underlay: &Underlay,
+        what: &str,
+        body: &str,
+    ) -> Result<String, String> {
+        let mut answer = String::new();
+        let exchange = || {
+            let mut stream = TcpStream::connect((Underlay::ROUTER, PORT))?;
+            stream.set_read_timeout(Some(Duration::from_secs(30)))?;
+            let length = body.len();
+            write!(
+                stream,
+                "POST /admin/{what} HTTP/1.0\r\nContent-Length: {length}\r\n\r\n{body}"
+            )?;
+            stream.read_to_string(&mut answer)
+        };
+        underlay.router.run(exchange).expect("ask testcontrol");
+        let (head, body) = answer.split_once("\r\n\r\n").unwrap_or_default();
+        match head.split(' ').nth(1) {
+            Some("200") => Ok(body.to_owned()),
+            _ => Err(answer),
+        }
+    }
+
     /// The URL that nodes log in to.
     pub fn url(&self) -> String {
         format!("{}://{}:{PORT}", self.site.scheme(), Underlay::ROUTER)

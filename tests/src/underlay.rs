@@ -88,6 +88,25 @@ impl Underlay {
             .run(|| TcpListener::bind((Underlay::ROUTER, port)))
     }
 
+    /// Lets nothing by TCP reach the servers on the router, nor anything leave them: they are away,
+    /// and nobody is told.
+    pub fn silence_servers(&self) {
+        for line in [
+            "add table inet silence",
+            "add chain inet silence input { type filter hook input priority 0 ; }",
+            "add rule inet silence input iifname != lo meta l4proto tcp drop",
+            "add chain inet silence output { type filter hook output priority 0 ; }",
+            "add rule inet silence output oifname != lo meta l4proto tcp drop",
+        ] {
+            self.router.sh(&format!("nft {line}"));
+        }
+    }
+
+    /// Ends what [`Underlay::silence_servers`] began.
+    pub fn hear_servers(&self) {
+        self.router.sh("nft delete table inet silence");
+    }
+
     /// Lets nothing pass between hosts and the server of this URL, whose port is its last part.
     pub fn cut_off(&self, url: &str) {
         let port = url.rsplit(':').next().unwrap_or_default();

@@ -54,7 +54,7 @@ func main() {
 	handler := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		switch {
 		case !strings.HasPrefix(r.URL.Path, "/auth/"):
-			control.ServeHTTP(w, r)
+			administered(control).ServeHTTP(w, r)
 		case !control.CompleteAuth(r.URL.Path):
 			http.NotFound(w, r)
 		}

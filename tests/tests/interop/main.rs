@@ -11,6 +11,7 @@
 
 mod direct;
 mod join;
+mod life;
 mod names;
 mod policy;
 mod relay;
@@ -37,6 +38,7 @@ const GROUPS: &[&[Case]] = &[
     wire::CASES,
     names::CASES,
     policy::CASES,
+    life::CASES,
 ];
 
 /// Cases that would begin later than this do not, and have failed.

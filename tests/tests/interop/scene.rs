@@ -2,6 +2,7 @@
 
 use std::{
     fmt,
+    io::{Read, Write},
     net::{IpAddr, Ipv4Addr, TcpStream, UdpSocket},
     ops::Deref,
     time::Duration,
@@ -186,6 +187,63 @@ impl Scene {
         }
     }
 
+    /// Makes a node log in again.
+    pub fn expire(&self, name: &str) {
+        match &self.control {
+            Control::Ours(server) => server.expire(name),
+            Control::Headscale(server) => server.expire(name, None),
+            Control::Testcontrol(_) => {
+                self.administer(&format!("expire?node={name}"), "");
+            }
+        }
+    }
+
+    /// Forgets a node.
+    pub fn delete(&self, name: &str) {
+        match &self.control {
+            Control::Ours(server) => server.delete(name),
+            Control::Headscale(server) => server.delete(name),
+            Control::Testcontrol(_) => panic!("testcontrol forgets no node"),
+        }
+    }
+
+    /// Calls a node otherwise.
+    pub fn rename(&self, name: &str, new: &str) {
+        match &self.control {
+            Control::Ours(server) => server.rename(name, new),
+            Control::Headscale(server) => server.rename(name, new),
+            Control::Testcontrol(_) => {
+                self.administer(&format!("rename?node={name}&name={new}"), "");
+            }
+        }
+    }
+
+    /// Ends the server; its relay goes with it.
+    pub fn stop_server(&mut self) {
+        match &mut self.control {
+            Control::Ours(server) => server.stop(),
+            Control::Headscale(server) => server.stop(),
+            Control::Testcontrol(_) => panic!("testcontrol would lose its state"),
+        }
+    }
+
+    pub fn restart_server(&mut self) {
+        match &mut self.control {
+            Control::Ours(server) => server.restart(&self.underlay),
+            Control::Headscale(server) => server.restart(&self.underlay),
+            Control::Testcontrol(_) => panic!("testcontrol would lose its state"),
+        }
+    }
+
+    /// Does what only testcontrol can: see integration/peers/testcontrol/admin.go.
+    pub fn administer(&self, what: &str, body: &str) -> String {
+        let Control::Testcontrol(server) = &self.control else {
+            panic!("only testcontrol can {what}");
+        };
+        let answer = server.administer(&self.underlay, what, body);
+        answer.unwrap_or_else(|error| panic!("{what}: {error}"))
+    }
+
     /// A machine on a link of its own, seen by all others.
     pub fn host(&self) -> Namespace {
         let mut host = self.underlay.host();
@@ -218,22 +276,10 @@ impl Scene {
                 server.relay.kill();
                 server.relay.restart(&self.underlay);
             }
-            _ => self.restart_server(),
-        }
-    }
-
-    /// Restarts the server; what it knows stays.
-    pub fn restart_server(&mut self) {
-        match &mut self.control {
-            Control::Ours(server) => {
-                server.stop();
-                server.restart(&self.underlay);
+            _ => {
+                self.stop_server();
+                self.restart_server();
             }
-            Control::Headscale(server) => {
-                server.stop();
-                server.restart(&self.underlay);
-            }
-            Control::Testcontrol(_) => panic!("testcontrol would forget everything"),
         }
     }
 
@@ -284,10 +330,42 @@ impl Ours {
         })
     }
 
-    /// What its status says of the node.
+    /// Its node, as `tailnode status` tells it; `null` where there is none.
     pub fn node(&self) -> Value {
         let status = self.host.status_of(&self.container).unwrap_or_default();
         status["node"].clone()
+    }
+
+    /// How it stands with the control server: `running` and so on.
+    pub fn state(&self) -> String {
+        let state = &self.node()["login"]["state"];
+        state.as_str().unwrap_or_default().to_owned()
+    }
+
+    /// The addresses of its node now.
+    pub fn addresses_now(&self) -> Vec<IpAddr> {
+        serde_json::from_value(self.node()["addresses"].clone()).unwrap_or_default()
+    }
+
+    /// The login page that it waits for somebody to open, once it gives this reason.
+    pub fn page(&self, reason: &str) -> String {
+        let mut login = Value::Null;
+        // Headscale does not tell a node that it was deleted; the node hears so when it next tells
+        // of its network, which an idle one does every two minutes.
+        within(150, &format!("a login is needed because {reason}"), || {
+            login = self.node()["login"].clone();
+            login["state"] == "needs-login"
+                && login["reason"]
+                    .as_str()
+                    .is_some_and(|it| it.contains(reason))
+        });
+        login["url"].as_str().unwrap().to_owned()
+    }
+
+    /// The container is stopped and started again.
+    pub fn restarted(self) -> Result<Ours, String> {
+        self.host.detach(&self.container)?;
+        Ours::attach(self.host, self.container.started_again())
     }
 
     /// Code of the region where it is at home; empty: nowhere.
@@ -400,6 +478,33 @@ pub fn exchange(from: &Namespace, to: &Namespace, address: IpAddr, count: u32) {
         .send((address, PORT).into(), &bytes)
         .unwrap_or_else(|error| panic!("{count} bytes to {address}: {error}"));
     assert!(answer == bytes, "{address} returned other bytes");
+}
+
+/// A connection by TCP to an echo, which lasts.
+pub struct Talk(TcpStream);
+
+impl Talk {
+    pub fn begin(from: &Namespace, to: &Namespace, address: IpAddr) -> Talk {
+        const PORT: u16 = 8100;
+        to.echo(PORT).unwrap();
+        let patience = Duration::from_secs(30);
+        let connect = || TcpStream::connect_timeout(&(address, PORT).into(), patience);
+        let stream = from.run(connect).unwrap();
+        stream.set_read_timeout(Some(patience)).unwrap();
+        stream.set_write_timeout(Some(patience)).unwrap();
+        Talk(stream)
+    }
+
+    /// So many bytes go there and come back as they were.
+    pub fn goes_on(&mut self, count: usize) {
+        let bytes: Vec<u8> = (0..count).map(|number| (number % 251) as u8).collect();
+        for part in bytes.chunks(16 << 10) {
+            self.0.write_all(part).expect("the connection goes on");
+            let mut answer = vec![0; part.len()];
+            self.0.read_exact(&mut answer).expect("the echo goes on");
+            assert!(answer == part, "other bytes came back");
+        }
+    }
 }
 
 pub fn within(seconds: u64, what: &str, is_so: impl FnMut() -> bool) {

@@ -98,6 +98,7 @@ fn status(server: Server) {
         within(10, &format!("{name} is seen"), || sees(name, address));
     }
     reach(&gopher, &web.addresses);
+    scene.stop_server();
     scene.restart_server();
     for (name, address) in all {
         assert!(sees(name, address), "{name} is not seen after the restart");
