@@ -601,10 +601,7 @@ impl Task {
                     Ok(())
                 }
                 () = self.relays.changed() => {
-                    if self.netcheck.set_lost(self.relays.lost()) {
-                        self.asked_nearest = false;
-                        self.next_check = Instant::now();
-                    }
+                    self.relays_changed();
                     Ok(())
                 }
                 Some(region) = inputs.nearest.recv() => {
@@ -1098,6 +1095,7 @@ impl Task {
         self.next_tick = Some(now);
         if changes.derp {
             self.relays.set_map(self.netmap.derp_map.clone());
+            self.relays_changed();
             tokio::spawn(stun_targets(
                 self.netmap.derp_map.clone(),
                 self.targets_tx.clone(),
@@ -1160,6 +1158,18 @@ impl Task {
             *known = reach;
             changed
         });
+    }
+
+    /// Takes account of which relays there are and which of them are out of reach.
+    fn relays_changed(&mut self) {
+        let lost = self.relays.lost();
+        let regions = self.netmap.derp_map.regions.keys();
+        let regions = regions.filter(|id| !lost.contains(id)).copied().collect();
+        self.door.router().set_relays(regions);
+        if self.netcheck.set_lost(lost) {
+            self.asked_nearest = false;
+            self.next_check = Instant::now();
+        }
     }
 
     /// Writes the map to disk, off this thread: the disk may take its time.

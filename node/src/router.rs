@@ -5,7 +5,7 @@
 //! channel and no allocation stand between a packet and its datagram.
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeSet, HashMap},
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     ops::Range,
     sync::Arc,
@@ -236,6 +236,8 @@ pub struct Router {
     preferences: Preferences,
     filter: Filter,
     endpoints: Vec<SocketAddr>,
+    /// Regions of the map whose relays are not known to be out of reach.
+    relays: BTreeSet<RegionId>,
     // Memory that is kept from packet to packet.
     actions: Vec<Action>,
     sealed: Vec<Range<usize>>,
@@ -268,8 +270,9 @@ struct Peer {
 }
 
 impl Peer {
-    fn relay(&self) -> Option<To> {
-        let region = if self.home != 0 {
+    /// By which of the `relays` that we can use it is reached: its home, or else where it came from.
+    fn relay(&self, relays: &BTreeSet<RegionId>) -> Option<To> {
+        let region = if relays.contains(&self.home) || self.seen_at == 0 {
             self.home
         } else {
             self.seen_at
@@ -309,6 +312,7 @@ impl Router {
             preferences: Preferences::default(),
             filter: Filter::default(),
             endpoints: Vec::new(),
+            relays: BTreeSet::new(),
             actions: Vec::new(),
             sealed: Vec::new(),
             scratch: Vec::new(),
@@ -364,6 +368,11 @@ impl Router {
                     .collect()
             });
         }
+    }
+
+    /// Takes the regions whose relays can be used.
+    pub fn set_relays(&mut self, regions: BTreeSet<RegionId>) {
+        self.relays = regions;
     }
 
     /// Takes a new node key; every session begins anew.
@@ -570,7 +579,7 @@ impl Router {
                 path: match peer.path.direct(now) {
                     _ if is_near(&peer.key) => PeerPath::Local,
                     Some(address) => PeerPath::Direct { address },
-                    None => match peer.relay() {
+                    None => match peer.relay(&self.relays) {
                         Some(To::Relay(id, _)) if peer.path.active(now) => {
                             PeerPath::Relay { region: region(id) }
                         }
@@ -915,7 +924,7 @@ impl Router {
             out.sends.push((To::Address(address), range.clone()));
         }
         if let Route::Relay | Route::Both(_) = route {
-            match peer.relay() {
+            match peer.relay(&self.relays) {
                 Some(relay) => out.sends.push((relay, range)),
                 None => trace!(peer = %peer.name, "no path and no relay: dropped"),
             }
@@ -932,7 +941,7 @@ impl Router {
             actions.clear();
             return;
         };
-        let relay = peer.relay();
+        let relay = peer.relay(&self.relays);
         let pair = peer
             .sealed
             .get_or_insert_with(|| disco::Pair::new(&self.disco, &key));
@@ -1302,6 +1311,27 @@ mod tests {
             .update(&netmap, &everything, world.now);
         world.tick();
         assert_eq!(world.heard(1), [b"early"]);
+    }
+
+    #[test]
+    fn a_peer_whose_home_cannot_be_used_is_answered_where_it_came_from() {
+        let mut world = World::new(false, |_| allow_all());
+        let mut netmap = Netmap {
+            myself: world.node(0),
+            peers: HashMap::from([(1, world.node(1))]),
+            ..Netmap::default()
+        };
+        netmap.peers.get_mut(&1).unwrap().home_derp = REGION + 1;
+        let changes = Changes {
+            peers: vec![1],
+            ..Changes::default()
+        };
+        let router = &mut world.hosts[0].router;
+        router.set_relays([REGION].into());
+        router.update(&netmap, &changes, world.now);
+        world.say(1, b"hello");
+        world.say(0, b"hello yourself");
+        assert_eq!(world.heard(1), [b"hello yourself"]);
     }
 
     #[test]

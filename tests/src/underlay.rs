@@ -123,6 +123,16 @@ impl Underlay {
         self.router.sh("nft delete table ip servers");
     }
 
+    /// Makes an address of the router's vanish: nothing that is sent there is answered.
+    pub fn take_away(&self, address: Ipv4Addr) {
+        self.router.sh("nft add table ip gone");
+        self.router
+            .sh("nft add chain ip gone input { type filter hook input priority 0 ; }");
+        self.router.sh(&format!(
+            "nft add rule ip gone input ip daddr {address} drop"
+        ));
+    }
+
     /// Lets no UDP over IPv4 pass from host to host, so that relays are left, and IPv6.
     pub fn block_udp(&self) {
         self.router.sh("nft add table ip underlay");

@@ -6,11 +6,14 @@ use crate::scene::*;
 
 pub const CASES: &[Case] = &[
     ("relay.udp-blocked", ALL, udp_blocked),
+    ("relay.no-stun", ALL, no_stun),
     ("relay.path-lost", ALL, path_lost),
     ("relay.two-regions", ALL, two_regions),
     ("relay.restarted", ALL, restarted),
     ("relay.untrusted", ALL, untrusted),
     ("relay.home-lost", ALL, home_lost),
+    ("relay.home-lost-both", &[T], home_lost_both),
+    ("relay.home-vanished", &[C], home_vanished),
 ];
 
 /// The relay of the first region, and that of the second.
@@ -21,6 +24,16 @@ fn udp_blocked(server: Server) {
     let scene = Scene::new(server);
     scene.underlay.block_udp();
     let (web, gopher) = scene.pair(scene.host(), scene.host());
+    relayed(&web, &gopher);
+    same_bytes(&web, &gopher, 1_000_000);
+}
+
+/// No UDP passes at all, so that nobody tells the ends which relay is near.
+fn no_stun(server: Server) {
+    let scene = Scene::new(server);
+    scene.underlay.block_udp();
+    let machine = || scene.host_far_from(FIRST);
+    let (web, gopher) = scene.pair(machine(), machine());
     relayed(&web, &gopher);
     same_bytes(&web, &gopher, 1_000_000);
 }
@@ -117,4 +130,42 @@ fn home_lost(server: Server) {
         web.home_relay() == SECOND
     });
     relayed(&web, &gopher);
+}
+
+/// Theirs stays at home where its relay answers STUN and nothing else; ours answers it all the same.
+fn home_lost_both(server: Server) {
+    let mut scene = Scene::two_regions(server);
+    scene.underlay.block_udp();
+    let machine = || scene.host_far_from(FIRST);
+    let (web, gopher) = scene.pair(machine(), machine());
+    within(30, "both are at home in the second region", || {
+        web.home_relay() == SECOND && gopher.home_relay() == SECOND
+    });
+    relayed(&web, &gopher);
+    let relay = scene.relay.as_mut().unwrap();
+    relay.kill();
+    relay.restart_without_relay(&scene.underlay);
+    within(60, "our home is the first region", || {
+        web.home_relay() == scene.first()
+    });
+    arrives(&gopher, &web, web.addresses[0], 30);
+    arrives(&web, &gopher, gopher.addresses[0], 30);
+    same_bytes(&web, &gopher, 100_000);
+}
+
+/// Nothing tells that the relay is gone, but that it is silent.
+fn home_vanished(server: Server) {
+    let scene = Scene::two_regions(server);
+    scene.underlay.block_udp();
+    let (web, gopher) = scene.pair(scene.host_far_from(FIRST), scene.host_far_from(OTHER));
+    within(30, "our home is the second region", || {
+        web.home_relay() == SECOND
+    });
+    relayed(&web, &gopher);
+    scene.underlay.take_away(OTHER);
+    within(90, "our home is the first region", || {
+        web.home_relay() == scene.first()
+    });
+    arrives(&gopher, &web, web.addresses[0], 30);
+    arrives(&web, &gopher, gopher.addresses[0], 30);
 }
