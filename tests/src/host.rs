@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use crate::{
-    Container, Namespace, Tailnet, Underlay, eventually,
+    Container, Namespace, Tailnet, Underlay, WallClock, eventually,
     program::{Process, ask, is_empty, program},
 };
 
@@ -22,6 +22,8 @@ pub struct Host {
     daemon: Process,
     /// Its place on the underlay.
     pub namespace: Namespace,
+    /// What its daemon takes for the time of day, where that is not the host's.
+    clock: Option<WallClock>,
     directory: TempDir,
 }
 
@@ -39,6 +41,16 @@ impl Host {
 
     /// The same, with any machine; without a key, somebody must open the login page of each node.
     pub fn start_in(namespace: Namespace, login_server: &str, key: Option<&str>) -> Host {
+        Host::start_by(None, namespace, login_server, key)
+    }
+
+    /// The same, with a daemon that goes by this clock.
+    pub fn start_by(
+        clock: Option<WallClock>,
+        namespace: Namespace,
+        login_server: &str,
+        key: Option<&str>,
+    ) -> Host {
         let directory = TempDir::new().expect("a directory for the daemon");
         let config = directory.path().join("config.toml");
         let auth_key = key.map_or_else(String::new, |key| {
@@ -47,9 +59,10 @@ impl Host {
         });
         let text = format!("login-server = \"{login_server}\"\n{auth_key}");
         fs::write(&config, text).expect("write the daemon's configuration");
-        let daemon = spawn(&namespace, directory.path());
+        let daemon = spawn(&namespace, clock.as_ref(), directory.path());
         let host = Host {
             namespace,
+            clock,
             directory,
             daemon,
         };
@@ -188,13 +201,19 @@ impl Host {
 
     /// Starts the daemon again, with its state of before.
     pub fn restart(&mut self) {
-        self.daemon = spawn(&self.namespace, self.directory.path());
+        self.daemon = spawn(&self.namespace, self.clock.as_ref(), self.directory.path());
         self.wait_until_it_answers();
     }
 
     /// Stops the daemon in its tracks, so that it takes requests and never answers.
     pub fn freeze(&mut self) {
         self.daemon.signal(Signal::SIGSTOP);
+    }
+
+    /// Sets its clock so many seconds ahead, or behind.
+    pub fn set_clock(&self, seconds: i64) {
+        let clock = self.clock.as_ref().expect("a host with a clock of its own");
+        clock.set(seconds);
     }
 
     /// How many descriptors the daemon has open.
@@ -219,8 +238,11 @@ impl Host {
     }
 }
 
-fn spawn(namespace: &Namespace, directory: &Path) -> Process {
+fn spawn(namespace: &Namespace, clock: Option<&WallClock>, directory: &Path) -> Process {
     let mut command = namespace.command(program("tailnoded"));
+    if let Some(clock) = clock {
+        clock.rule(&mut command);
+    }
     for (flag, path) in [
         ("--config", "config.toml"),
         ("--state", "state"),

@@ -13,22 +13,28 @@
 #![allow(clippy::expect_used, reason = "a test reports by panicking")]
 
 mod container;
+mod crowd;
 mod gopher;
 mod headscale;
 mod host;
 mod namespace;
 mod program;
+mod proxy;
 mod tailnet;
 mod testcontrol;
 mod traffic;
 mod underlay;
+mod wall_clock;
 
 pub use container::Container;
+pub use crowd::Crowd;
 pub use gopher::Gopher;
 pub use headscale::Headscale;
 pub use host::Host;
 pub use namespace::Namespace;
 pub use program::eventually;
+pub use proxy::{Mischief, Proxy};
 pub use tailnet::Tailnet;
 pub use testcontrol::Testcontrol;
 pub use underlay::{Nat, Underlay};
+pub use wall_clock::WallClock;

@@ -9,9 +9,11 @@ use std::{
 };
 
 use serde_json::{Value, json};
-use tailnode_tests::{Headscale, Host, Tailnet, Testcontrol, eventually};
+use tailnode_tests::{Headscale, Tailnet, Testcontrol, eventually};
 
-pub use tailnode_tests::{Container, Gopher, Namespace, Underlay};
+pub use tailnode_tests::{
+    Container, Crowd, Gopher, Host, Mischief, Namespace, Proxy, Underlay, WallClock,
+};
 
 /// A case with the servers that it is true under.
 pub type Case = (&'static str, &'static [Server], fn(Server));
@@ -57,7 +59,7 @@ impl Scene {
     pub fn new(server: Server) -> Scene {
         let underlay = Underlay::new();
         let control = match server {
-            C => Control::Ours(Tailnet::start(&underlay, 8080, DOMAIN)),
+            C => Control::Ours(Tailnet::start(&underlay, PORT, DOMAIN)),
             H => Control::Headscale(Headscale::start(&underlay, DOMAIN)),
             T => Control::Testcontrol(Testcontrol::start(&underlay, DOMAIN)),
         };
@@ -287,6 +289,8 @@ impl Deref for Ours {
     }
 }
 
+/// Where all servers listen on the router.
+pub const PORT: u16 = 8080;
 pub const DOMAIN: &str = "demo.internal";
 pub const MAGIC_DNS: &str = "100.100.100.100:53";
 
