@@ -752,6 +752,7 @@ mod tests {
             tags: Vec::new(),
             ephemeral: false,
             known: false,
+            lock: crate::netmap::Lock::Off,
             tls: dial::tls_config(),
         };
         let keys = Keys::random();

@@ -249,6 +249,10 @@ impl Node {
         let device = Device::new(config.tun).map_err(kernel("use the TUN device"))?;
         let udp = Udp::open(usual_port(&keys.disco.public)).map_err(kernel("open a UDP socket"))?;
 
+        let lock = saved
+            .as_ref()
+            .map(|map| map.lock.clone())
+            .unwrap_or_default();
         let tls = dial::tls_config();
         let (events_tx, events) = mpsc::channel(16);
         let (incoming_tx, incoming) = mpsc::channel(256);
@@ -273,6 +277,7 @@ impl Node {
                 tags: config.tags,
                 ephemeral: config.ephemeral,
                 known,
+                lock,
                 tls,
             },
             keys,
@@ -1001,6 +1006,12 @@ impl Task {
             control::Event::Login(login) => {
                 info!(?login, "control");
                 self.login.send_replace(login);
+            }
+            control::Event::Lock(lock) => {
+                let changes = self.netmap.set_lock(lock);
+                let live = self.known.borrow().live;
+                self.take_changes(&changes, live);
+                self.unsaved.get_or_insert_with(Instant::now);
             }
             control::Event::Map { response, first } => self.map(*response, first),
             control::Event::KeysRotated(keys) => {

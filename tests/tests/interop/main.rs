@@ -12,6 +12,7 @@
 mod direct;
 mod join;
 mod life;
+mod lock;
 mod names;
 mod policy;
 mod relay;
@@ -37,6 +38,7 @@ const GROUPS: &[&[Case]] = &[
     names::CASES,
     policy::CASES,
     life::CASES,
+    lock::CASES,
 ];
 
 /// Cases that would begin later than this do not, and have failed.
