@@ -216,6 +216,8 @@ pub fn spawn(config: Config, keys: Keys, events: mpsc::Sender<Event>) -> Handle 
         login: Login::Starting,
         mapped: Login::Running,
         clock: Clock::of_host(),
+        lock_head: None,
+        lock_asked: None,
         heard: None,
         registration: None,
         registered: false,
@@ -311,6 +313,10 @@ struct Session {
     mapped: Login,
     clock: Clock,
     lock: Lock,
+    /// The last update of tailnet lock by the server's word; `None`: it is off.
+    lock_head: Option<String>,
+    /// When it was last tried to learn of that.
+    lock_asked: Option<Instant>,
     /// When the last message of a map stream came.
     heard: Option<Instant>,
     /// An attempt to join that a lost connection does not end.
@@ -549,7 +555,8 @@ impl Session {
             );
         }
         if message.keep_alive {
-            return Ok(());
+            // What could not be learned may be now.
+            return self.heed_lock(&message, false).await;
         }
         let mut first = false;
         if live.is_none() {
@@ -602,17 +609,21 @@ impl Session {
         }
     }
 
-    /// Learns whom tailnet lock trusts where a message says that this has changed.
+    /// Learns whom tailnet lock trusts, where that is not what the server says it should be.
     async fn heed_lock(&mut self, message: &MapResponse, first: bool) -> Result<(), Failure> {
         // Nothing said is nothing changed, except where a stream begins.
-        let head = match &message.tka_info {
-            Some(info) if !info.disabled => Some(&*info.head),
-            None if !first => return Ok(()),
-            _ => None,
-        };
+        if first || message.tka_info.is_some() {
+            let info = message.tka_info.as_ref().filter(|info| !info.disabled);
+            self.lock_head = info.map(|info| info.head.clone());
+            self.lock_asked = None;
+        }
+        let head = self.lock_head.as_deref();
         let Some(connection) = &self.connection else {
             return Ok(());
         };
+        if self.lock_asked.is_some_and(|at| at.elapsed() < ANSWER) {
+            return Ok(());
+        }
         let known = match &self.lock {
             Lock::On(authority) => Some(authority),
             Lock::Off | Lock::Unread { .. } => None,
@@ -621,6 +632,7 @@ impl Session {
             (None, None) => Lock::Off,
             (Some(authority), Some(head)) if authority.head().to_string() == head => return Ok(()),
             (known, head) => {
+                self.lock_asked = Some(Instant::now());
                 let learned = lock::learn(connection, &self.keys.node.public, known, head);
                 let learned = timeout(ANSWER, learned).await;
                 match (learned.unwrap_or_else(|_| Err(retry("no answer"))), known) {
