@@ -852,6 +852,7 @@ mod tests {
             routes: Vec::new(),
             ephemeral: false,
             known: false,
+            lock: crate::netmap::Lock::Off,
             tls: dial::tls_config(),
         };
         let keys = Keys::random();

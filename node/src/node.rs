@@ -7,12 +7,12 @@ use std::{
     os::fd::OwnedFd,
     path::PathBuf,
     sync::Arc,
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime},
 };
 
 use ipnet::IpNet;
 use tailnode_wire::{
-    keys::{DiscoPublicKey, ExportableKey},
+    keys::{DiscoKeyPair, DiscoPublicKey, ExportableKey},
     stun,
     tailcfg::{DerpMap, DerpNode, EndpointType, MapResponse, NetInfo, RegionId},
 };
@@ -26,7 +26,7 @@ use url::Url;
 
 pub use crate::control::Secret;
 use crate::{
-    clock::Clock,
+    clock::{Clock, Latest},
     control, derp,
     device::{Closed, Device, Offload, PACKET_ROOM},
     dial,
@@ -63,6 +63,9 @@ const FIRST_TICK: Duration = Duration::from_millis(50);
 const PREFER_LIVE: Duration = Duration::from_secs(2);
 /// How long a logout may take.
 const LOGOUT: Duration = Duration::from_secs(4);
+/// How often it is kept until when the node has run, beside when it ends: after a crash it may be
+/// off by this.
+const MARK_EVERY: Duration = Duration::from_secs(600);
 /// At most how often the map is written to disk.
 const SAVE_EVERY: Duration = Duration::from_secs(5);
 
@@ -258,7 +261,19 @@ impl Node {
     pub async fn start(config: Config) -> Result<Self, Error> {
         let kernel = |doing| move |source| Error::Kernel { doing, source };
         let store = Store::open(&config.state_dir, &config.login_server)?;
-        let keys = store.keys()?;
+        let ran_until = store.latest();
+        let mut keys = store.keys()?;
+        if ran_until.is_some_and(|until| until > SystemTime::now()) {
+            warn!(
+                hostname = config.hostname,
+                "the host's clock was set back; peers will hear of it, and take handshakes that \
+                 are older than the last"
+            );
+            // Who gets a new disco key has started anew to all peers, who forget their sessions and
+            // with them the time of the last handshake (ipnlocal: discoChangedLocked).
+            keys.disco = DiscoKeyPair::random();
+            store.save_keys(&keys)?;
+        }
         let saved = store.load_netmap();
         let device =
             Device::new(config.tun, config.offload).map_err(kernel("use the TUN device"))?;
@@ -268,6 +283,10 @@ impl Node {
         )
         .map_err(kernel("open a UDP socket"))?;
 
+        let lock = saved
+            .as_ref()
+            .map(|map| map.lock.clone())
+            .unwrap_or_default();
         let tls = dial::tls_config();
         let (events_tx, events) = mpsc::channel(16);
         let (incoming_tx, incoming) = mpsc::channel(256);
@@ -294,6 +313,7 @@ impl Node {
                 routes: config.routes.offered(),
                 ephemeral: config.ephemeral,
                 known,
+                lock,
                 tls,
             },
             keys,
@@ -330,6 +350,8 @@ impl Node {
             relays,
             session: Some(session),
             clock: Clock::of_host(),
+            latest: Latest::begin(),
+            next_mark: Instant::now(),
             ephemeral: config.ephemeral,
             store: Arc::new(store),
             saving: None,
@@ -544,6 +566,9 @@ struct Task {
     /// `None`: logged out.
     session: Option<control::Handle>,
     clock: Clock,
+    latest: Latest,
+    /// When it is next kept until when the node has run.
+    next_mark: Instant,
     ephemeral: bool,
     store: Arc<Store>,
     /// The writing of a map that is under way.
@@ -932,6 +957,11 @@ impl Task {
     /// Takes stock: of peers' keys that expired, and of our network, by asking the STUN servers or
     /// looking at what they answered.
     fn check(&mut self, now: Instant) {
+        // Looked at often, so that no handshake was later than it.
+        self.latest.look();
+        if now >= self.next_mark {
+            self.save();
+        }
         let expired = self.netmap.expire(self.clock.now());
         if !expired.is_empty() {
             let changes = Changes {
@@ -1062,6 +1092,12 @@ impl Task {
                 info!(?login, "control");
                 self.login.send_replace(login);
             }
+            control::Event::Lock(lock) => {
+                let changes = self.netmap.set_lock(lock);
+                let live = self.known.borrow().live;
+                self.take_changes(&changes, live);
+                self.unsaved.get_or_insert_with(Instant::now);
+            }
             control::Event::Map { response, first } => self.map(*response, first),
             control::Event::KeysRotated(keys) => {
                 if let Err(error) = self.store.save_keys(&keys) {
@@ -1172,20 +1208,29 @@ impl Task {
         }
     }
 
-    /// Writes the map to disk, off this thread: the disk may take its time.
+    /// Writes to disk what is newer here, off this thread: the disk may take its time.
     fn save(&mut self) {
-        if self.unsaved.take().is_none() {
-            return;
-        }
-        let (store, netmap, before) = (self.store.clone(), self.netmap.clone(), self.saving.take());
+        let netmap = self.unsaved.take().map(|_| self.netmap.clone());
+        let latest = self.latest.look();
+        let (store, before) = (self.store.clone(), self.saving.take());
+        self.next_mark = Instant::now() + MARK_EVERY;
         self.saving = Some(tokio::spawn(async move {
             // One after the other, so that the newest map is the one that stays.
             if let Some(before) = before {
                 let _ = before.await;
             }
-            let saved = tokio::task::spawn_blocking(move || store.save_netmap(&netmap)).await;
-            if let Ok(Err(error)) = saved {
-                warn!(%error, "cannot keep the map: without it the node cannot start while the control server is away");
+            let write = move || {
+                if let Some(netmap) = netmap
+                    && let Err(error) = store.save_netmap(&netmap)
+                {
+                    warn!(%error, "cannot keep the map: without it the node cannot start while the control server is away");
+                }
+                if let Err(error) = store.save_latest(latest) {
+                    warn!(%error, "cannot keep until when the node ran: should the clock be set back, peers would not take its handshakes");
+                }
+            };
+            if let Err(error) = tokio::task::spawn_blocking(write).await {
+                warn!(%error, "cannot keep the node's state");
             }
         }));
     }

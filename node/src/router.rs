@@ -56,6 +56,8 @@ const HANDSHAKE_RATE: u64 = 200;
 const RETRY_FIRST: Duration = Duration::from_millis(100);
 /// From here on WireGuard's own repetition is soon enough.
 const RETRY_LAST: Duration = Duration::from_secs(2);
+/// How long the news of a peer's restart may be on its way.
+const NEWS: Duration = Duration::from_secs(10);
 /// WireGuard's timers are in whole seconds; this is often enough to keep them.
 const TICK_BUSY: Duration = Duration::from_millis(250);
 const TICK_IDLE: Duration = Duration::from_secs(1);
@@ -642,8 +644,16 @@ impl Router {
                 if self.by_disco.get(&old) == Some(&slot) {
                     self.by_disco.remove(&old);
                 }
-                // The peer restarted: its sockets, and so its addresses, are new.
+                // The peer restarted: its sockets, and so its addresses, are new, and it knows our
+                // session no more. Whatever is younger than the news was begun since.
                 peer.path.reset();
+                let age = peer
+                    .tunnel
+                    .as_ref()
+                    .and_then(Tunn::time_since_last_handshake);
+                if peer.retry.is_none() && age.is_none_or(|age| age > NEWS) {
+                    peer.tunnel = None;
+                }
             }
             peer.sealed = None;
             peer.disco = node.disco_key;

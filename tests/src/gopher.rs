@@ -76,6 +76,33 @@ impl Gopher {
             .unwrap_or_else(|error| panic!("tailscale logout: {error}"));
     }
 
+    /// Locks the tailnet: from now on this client says who is in it, beginning with all who are.
+    pub fn lock(&self) {
+        let status = self.ask_of_lock(&["status", "--json"]);
+        let status: Value = serde_json::from_str(&status).expect("lock's status as JSON");
+        let key = status["PublicKey"].as_str().expect("the client's own key");
+        self.ask_of_lock(&["init", "--gen-disablements=1", "--confirm", key]);
+    }
+
+    /// Lets a node into a locked tailnet.
+    pub fn sign(&self, node_key: &str) {
+        self.ask_of_lock(&["sign", node_key]);
+    }
+
+    /// Its own key, by which peers know it.
+    pub fn node_key(&self) -> String {
+        let status = self.status().unwrap_or_default();
+        status["Self"]["PublicKey"]
+            .as_str()
+            .unwrap_or_default()
+            .to_owned()
+    }
+
+    fn ask_of_lock(&self, words: &[&str]) -> String {
+        self.tailscale(&[&["lock"], words].concat())
+            .unwrap_or_else(|error| panic!("tailscale lock {words:?}: {error}"))
+    }
+
     fn start(namespace: Namespace, login_server: &str) -> Gopher {
         let directory = TempDir::new().expect("a directory for tailscaled");
         let gopher = Gopher {

@@ -14,27 +14,33 @@
 
 mod authority;
 mod container;
+mod crowd;
 mod derper;
 mod gopher;
 mod headscale;
 mod host;
 mod namespace;
 mod program;
+mod proxy;
 mod site;
 mod tailnet;
 mod testcontrol;
 mod traffic;
 mod underlay;
+mod wall_clock;
 
 pub use authority::Authority;
 pub use container::Container;
+pub use crowd::Crowd;
 pub use derper::Derper;
 pub use gopher::Gopher;
 pub use headscale::Headscale;
 pub use host::Host;
 pub use namespace::Namespace;
 pub use program::eventually;
+pub use proxy::{Mischief, Proxy};
 pub use site::Site;
 pub use tailnet::Tailnet;
 pub use testcontrol::Testcontrol;
 pub use underlay::{Nat, Underlay};
+pub use wall_clock::WallClock;

@@ -44,6 +44,9 @@ func main() {
 		MagicDNSDomain:   *domain,
 		AllNodesSameUser: true,
 		AllOnline:        true,
+		DefaultNodeCapabilities: &tailcfg.NodeCapMap{
+			tailcfg.CapabilityTailnetLock: nil,
+		},
 		DNSConfig: &tailcfg.DNSConfig{
 			Proxied: true,
 			Domains: []string{*domain},

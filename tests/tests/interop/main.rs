@@ -12,6 +12,7 @@
 mod direct;
 mod join;
 mod life;
+mod lock;
 mod names;
 mod policy;
 mod relay;
@@ -41,6 +42,7 @@ const GROUPS: &[&[Case]] = &[
     policy::CASES,
     routes::CASES,
     life::CASES,
+    lock::CASES,
 ];
 
 /// Cases that would begin later than this do not, and have failed.

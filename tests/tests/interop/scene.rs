@@ -9,9 +9,11 @@ use std::{
 };
 
 use serde_json::{Value, json};
-use tailnode_tests::{Authority, Derper, Headscale, Host, Site, Tailnet, Testcontrol, eventually};
+use tailnode_tests::{Authority, Derper, Headscale, Site, Tailnet, Testcontrol, eventually};
 
-pub use tailnode_tests::{Container, Gopher, Namespace, Underlay};
+pub use tailnode_tests::{
+    Container, Crowd, Gopher, Host, Mischief, Namespace, Proxy, Underlay, WallClock,
+};
 
 /// A case with the servers that it is true under.
 pub type Case = (&'static str, &'static [Server], fn(Server));
@@ -110,7 +112,7 @@ impl Scene {
         authority: Option<Authority>,
     ) -> Scene {
         let control = match server {
-            C => Control::Ours(Tailnet::start_as(&underlay, 8080, DOMAIN, site)),
+            C => Control::Ours(Tailnet::start_as(&underlay, PORT, DOMAIN, site)),
             H => Control::Headscale(Headscale::start(&underlay, DOMAIN, site)),
             T => {
                 let authority = authority.as_ref();
@@ -434,6 +436,8 @@ impl Deref for Ours {
     }
 }
 
+/// Where all servers listen on the router.
+pub const PORT: u16 = 8080;
 pub const DOMAIN: &str = "demo.internal";
 /// Code of the region of [`Scene::relay`].
 pub const SECOND: &str = "second";
