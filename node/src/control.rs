@@ -134,6 +134,7 @@ pub enum Event {
 #[derive(Debug)]
 pub struct Handle {
     advertised: watch::Sender<Advertised>,
+    moved: watch::Sender<()>,
     /// Carries who waits for the logout.
     logout: oneshot::Sender<oneshot::Sender<()>>,
     task: AbortOnDropHandle<()>,
@@ -150,10 +151,17 @@ impl Handle {
         });
     }
 
+    /// The host's addresses changed: connects anew, since nothing would tell for a minute that the
+    /// connection leads nowhere.
+    pub fn moved(&self) {
+        self.moved.send_replace(());
+    }
+
     /// Ends the session and tells the control server to forget us, if it can be told in time.
     pub async fn logout(self, within: Duration) {
         let Self {
             advertised: _open,
+            moved: _,
             logout,
             task,
         } = self;
@@ -170,6 +178,7 @@ impl Handle {
 /// Starts a session. It ends with its handle, or when nobody takes its events.
 pub fn spawn(config: Config, keys: Keys, events: mpsc::Sender<Event>) -> Handle {
     let (advertised_tx, advertised) = watch::channel(Advertised::default());
+    let (moved_tx, moved) = watch::channel(());
     let (logout_tx, logout) = oneshot::channel::<oneshot::Sender<()>>();
     let hostinfo = hostinfo(&config);
     let span = tracing::info_span!("control", hostname = config.hostname);
@@ -179,6 +188,7 @@ pub fn spawn(config: Config, keys: Keys, events: mpsc::Sender<Event>) -> Handle 
         keys,
         events,
         advertised,
+        moved,
         connection: None,
         login: Login::Starting,
         standing: Login::Running,
@@ -212,6 +222,7 @@ pub fn spawn(config: Config, keys: Keys, events: mpsc::Sender<Event>) -> Handle 
     );
     Handle {
         advertised: advertised_tx,
+        moved: moved_tx,
         logout: logout_tx,
         task: AbortOnDropHandle::new(task),
     }
@@ -259,6 +270,7 @@ struct Session {
     keys: Keys,
     events: mpsc::Sender<Event>,
     advertised: watch::Receiver<Advertised>,
+    moved: watch::Receiver<()>,
     connection: Option<Connection>,
     /// What was last reported.
     login: Login,
@@ -333,6 +345,7 @@ impl Session {
 
     /// Connects, joins and follows the map. `live` is set when the map stands.
     async fn attempt(&mut self, live: &mut Option<Instant>) -> Result<Infallible, Failure> {
+        self.moved.mark_unchanged();
         let connection = Connection::open(&self.config, &self.keys).await?;
         self.connection = Some(connection.clone());
         if !self.registered {
@@ -465,6 +478,7 @@ impl Session {
                     },
                 },
                 never = &mut updates => match never {},
+                Ok(()) = self.moved.changed() => return Err(retry("the host's addresses changed")),
                 Some(ping) = pings.join_next() => if let Err(error) = ping {
                     debug!(%error, "answering a ping failed");
                 },

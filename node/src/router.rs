@@ -224,6 +224,7 @@ pub struct Router {
     routes: ts_bart::Table<usize>,
     filter: Filter,
     endpoints: Vec<SocketAddr>,
+    lost_a_path: bool,
     actions: Vec<Action>,
 }
 
@@ -287,6 +288,7 @@ impl Router {
             routes: ts_bart::Table::default(),
             filter: Filter::default(),
             endpoints: Vec::new(),
+            lost_a_path: false,
             actions: Vec::new(),
         }
     }
@@ -350,7 +352,18 @@ impl Router {
 
     /// Our own addresses, as peers are told when they are called.
     pub fn set_endpoints(&mut self, endpoints: Vec<SocketAddr>) {
+        if self.endpoints == endpoints {
+            return;
+        }
         self.endpoints = endpoints;
+        for (_, peer) in &mut self.peers {
+            peer.path.moved();
+        }
+    }
+
+    /// Whether an address in use has stopped answering since this was asked last.
+    pub fn has_lost_a_path(&mut self) -> bool {
+        std::mem::take(&mut self.lost_a_path)
     }
 
     /// Our own network changed: what was measured is void.
@@ -857,6 +870,7 @@ impl Router {
                     out.put(relay, &pair.seal(&call));
                 }
                 (Action::CallMeMaybe, _) => {}
+                (Action::LookAround, _) => self.lost_a_path = true,
             }
         }
     }
