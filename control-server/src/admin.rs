@@ -14,7 +14,7 @@ use tokio::{
 use crate::{
     AuthKey, DEFAULT_DOMAIN, Error, KeySpec, NodeSummary,
     store::Store,
-    tailnet::{Site, State, Tailnet},
+    tailnet::{Names, Site, State, Tailnet},
 };
 
 /// In the state directory, which only its owner can enter.
@@ -45,6 +45,13 @@ pub enum Request {
     ExpireNode {
         /// Which.
         id: NodeId,
+    },
+    /// Give a node another name.
+    RenameNode {
+        /// Which.
+        id: NodeId,
+        /// The first part of its MagicDNS name.
+        name: String,
     },
     /// Let a node in that waits.
     ApproveNode {
@@ -95,6 +102,10 @@ impl Request {
             }
             Self::ExpireNode { id } => {
                 state.expire(id, now)?;
+                Answer::Done
+            }
+            Self::RenameNode { id, name } => {
+                state.call(id, name)?;
                 Answer::Done
             }
             Self::ApproveNode { id, user } => Answer::Node(state.approve(&id, user, now)?),
@@ -185,6 +196,7 @@ impl Site {
             url,
             domain,
             derp_map: DerpMap::default(),
+            names: Names::default(),
         })
     }
 }

@@ -59,7 +59,7 @@ mod web;
 
 pub use policy::{Policy, PolicyError};
 pub use store::AuthKey;
-pub use tailnet::{KeySpec, NodeSummary};
+pub use tailnet::{KeySpec, Names, NodeSummary};
 
 use crate::{
     relay::Relay,
@@ -87,6 +87,8 @@ pub struct Config {
     pub domain: String,
     /// The policy file; `None`: what `policy set` said last, or everything is allowed.
     pub policy: Option<PathBuf>,
+    /// Names beyond those of the nodes.
+    pub names: Names,
 }
 
 impl Config {
@@ -99,6 +101,7 @@ impl Config {
             state: state.into(),
             domain: DEFAULT_DOMAIN.to_owned(),
             policy: None,
+            names: Names::default(),
         }
     }
 }
@@ -172,6 +175,20 @@ pub enum Error {
     #[error("there is no node {id}; `tailnode-control node list` shows them")]
     NoNode {
         /// The number.
+        id: NodeId,
+    },
+    /// Not a name that a node can have.
+    #[error("{name:?} is no name for a node: write small letters, digits and dashes, at most 63")]
+    BadName {
+        /// What was given.
+        name: String,
+    },
+    /// Another node has the name.
+    #[error("node {id} has the name {name:?}: rename or delete it first")]
+    NameTaken {
+        /// What was given.
+        name: String,
+        /// Who has it.
         id: NodeId,
     },
     /// No node waits there.
@@ -253,6 +270,7 @@ impl Server {
             url: url.clone(),
             domain,
             derp_map,
+            names: config.names,
         };
         let tailnet = Arc::new(Tailnet::open(store, tailnet_site, policy)?);
         let admin = admin::listen(&config.state).map_err(|source| Error::StateDir {

@@ -3,7 +3,7 @@
 use std::{
     collections::BTreeSet,
     io::{IsTerminal, Write},
-    net::SocketAddr,
+    net::{IpAddr, SocketAddr},
     path::PathBuf,
     process::ExitCode,
     time::Duration,
@@ -13,7 +13,7 @@ use anyhow::{anyhow, bail};
 use chrono::{DateTime, Utc};
 use clap::{Args, Parser, Subcommand};
 use tailnode_control_server::{
-    Config, DEFAULT_DOMAIN, KeySpec, Server,
+    Config, DEFAULT_DOMAIN, KeySpec, Names, Server,
     admin::{self, Answer, Request},
     read_policy,
 };
@@ -64,6 +64,12 @@ struct Serve {
     /// Who may reach whom, in HuJSON; SIGHUP reads it again (default: everyone, everyone).
     #[arg(long, value_name = "FILE")]
     policy: Option<PathBuf>,
+    /// Another name of the tailnet, NAME=ADDRESS; may be repeated.
+    #[arg(long = "record", value_name = "NAME=ADDRESS", value_parser = record)]
+    records: Vec<(String, IpAddr)>,
+    /// A DNS server for the names of a zone, ZONE=ADDRESS; may be repeated.
+    #[arg(long = "split-dns", value_name = "ZONE=ADDRESS", value_parser = record)]
+    split_dns: Vec<(String, IpAddr)>,
 }
 
 #[derive(Args)]
@@ -137,6 +143,15 @@ enum NodeCommand {
         #[command(flatten)]
         state: StateDir,
     },
+    /// Give a node another name.
+    Rename {
+        /// Its number.
+        id: i64,
+        /// Its name from now on, without the domain.
+        name: String,
+        #[command(flatten)]
+        state: StateDir,
+    },
     /// Let a node in that waits.
     Approve {
         /// The last part of the URL that the node shows.
@@ -163,6 +178,15 @@ enum PolicyCommand {
         #[command(flatten)]
         state: StateDir,
     },
+}
+
+/// A name and an address, parted by `=`.
+fn record(text: &str) -> Result<(String, IpAddr), String> {
+    let (name, address) = text.split_once('=').unwrap_or_default();
+    match address.parse() {
+        Ok(address) if !name.is_empty() => Ok((name.to_owned(), address)),
+        _ => Err("write a name and an address, such as wiki.example.org=192.0.2.7".to_owned()),
+    }
 }
 
 /// How long a key is good; `None`: for ever.
@@ -244,6 +268,9 @@ async fn run(command: Command) -> anyhow::Result<()> {
         Command::Node(NodeCommand::Expire { id, state }) => {
             ask(state, Request::ExpireNode { id }).await
         }
+        Command::Node(NodeCommand::Rename { id, name, state }) => {
+            ask(state, Request::RenameNode { id, name }).await
+        }
         Command::Node(NodeCommand::Approve { id, user, state }) => {
             ask(state, Request::ApproveNode { id, user }).await
         }
@@ -306,6 +333,13 @@ async fn serve(args: Serve) -> anyhow::Result<()> {
 
     let mut hangup = signal(SignalKind::hangup())?;
     let mut terminate = signal(SignalKind::terminate())?;
+    let mut names = Names {
+        records: args.records,
+        ..Names::default()
+    };
+    for (zone, server) in args.split_dns {
+        names.split.entry(zone).or_default().push(server);
+    }
     let server = Server::start(Config {
         listen: args.listen,
         stun: Some(args.stun),
@@ -313,6 +347,7 @@ async fn serve(args: Serve) -> anyhow::Result<()> {
         state: args.state.dir,
         domain: args.domain,
         policy: args.policy,
+        names,
     })
     .await?;
     tracing::info!("serving at {}", server.url());
@@ -338,6 +373,16 @@ mod tests {
     fn the_command_line_is_sound() {
         use clap::CommandFactory;
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn records_have_a_name_and_an_address() {
+        let wiki = ("wiki.example".to_owned(), IpAddr::from([192, 0, 2, 7]));
+        assert_eq!(record("wiki.example=192.0.2.7"), Ok(wiki));
+        assert!(record("wiki=fd00::1").is_ok_and(|(_, ip)| ip.is_ipv6()));
+        for bad in ["", "wiki", "=192.0.2.7", "wiki=web"] {
+            assert!(record(bad).is_err(), "{bad}");
+        }
     }
 
     #[test]

@@ -95,6 +95,16 @@ pub(crate) struct Site {
     /// Suffix of all names, without dots around it.
     pub domain: String,
     pub derp_map: DerpMap,
+    pub names: Names,
+}
+
+/// What the tailnet's DNS knows beyond the names of its nodes.
+#[derive(Clone, Debug, Default)]
+pub struct Names {
+    /// Full names and their addresses.
+    pub records: Vec<(String, IpAddr)>,
+    /// The DNS servers to ask for a zone's names.
+    pub split: BTreeMap<String, Vec<IpAddr>>,
 }
 
 pub(crate) struct Tailnet {
@@ -520,6 +530,20 @@ impl State {
         self.keep(member)
     }
 
+    /// Calls the node so until it wants another name than it has asked for last.
+    pub fn call(&mut self, id: NodeId, name: String) -> Result<(), Error> {
+        let mut member = self.members.get(&id).cloned().ok_or(Error::NoNode { id })?;
+        if dns_label(&name) != name {
+            return Err(Error::BadName { name });
+        }
+        let mut others = self.members.values().filter(|other| other.id != id);
+        if let Some(other) = others.find(|other| other.name == name) {
+            return Err(Error::NameTaken { name, id: other.id });
+        }
+        member.name = name;
+        self.keep(member)
+    }
+
     /// Forgets the node.
     pub fn remove(&mut self, id: NodeId) -> Result<(), Error> {
         if !self.members.contains_key(&id) {
@@ -871,6 +895,7 @@ mod tests {
             url: "http://127.0.0.1:1".parse().unwrap(),
             domain: "tail.internal".to_owned(),
             derp_map: DerpMap::default(),
+            names: Names::default(),
         };
         let tailnet = Tailnet::open(Store::open(dir.path()).unwrap(), site, None).unwrap();
         (dir, tailnet)
@@ -960,6 +985,37 @@ mod tests {
         assert_eq!(join(state, "db", &key), "");
         assert_eq!(state.nodes()[2].addresses[0].to_string(), "100.64.0.4");
         assert_eq!(state.nodes()[2].id, 4);
+    }
+
+    #[test]
+    fn a_given_name_stays_until_the_node_wants_another() {
+        let (_dir, tailnet) = tailnet();
+        let mut state = tailnet.state();
+        let auth = reusable(&mut state);
+        let (machine, node) = (MachinePublicKey::random(), NodePublicKey::random());
+        let mut again = request(node, "web", &auth);
+        answer(&mut state, &machine, &again);
+        join(&mut state, "db", &auth);
+        state.call(1, "shop".to_owned()).unwrap();
+        answer(&mut state, &machine, &again);
+        assert_eq!(names(&state), ["shop", "db"]);
+        assert!(matches!(
+            state.call(1, "db".to_owned()),
+            Err(Error::NameTaken { id: 2, .. })
+        ));
+        for bad in ["", "Shop", "a.b", "-a"] {
+            let refused = state.call(1, bad.to_owned());
+            assert!(matches!(refused, Err(Error::BadName { .. })), "{bad}");
+        }
+        assert!(matches!(
+            state.call(9, "a".to_owned()),
+            Err(Error::NoNode { id: 9 })
+        ));
+        if let Some(hostinfo) = &mut again.hostinfo {
+            hostinfo.hostname = "web-2".to_owned();
+        }
+        answer(&mut state, &machine, &again);
+        assert_eq!(names(&state), ["web-2", "db"]);
     }
 
     #[test]
