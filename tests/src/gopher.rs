@@ -4,7 +4,7 @@ use serde_json::Value;
 use tempfile::TempDir;
 
 use crate::{
-    Namespace, eventually,
+    NameServer, Namespace, eventually,
     program::{Process, ask, peer},
 };
 
@@ -26,7 +26,18 @@ impl Gopher {
         key: &str,
         name: &str,
     ) -> Result<Gopher, String> {
-        let mut gopher = Gopher::start(namespace);
+        Gopher::join_with(namespace, login_server, key, name, &[])
+    }
+
+    /// The same with variables in its environment.
+    pub fn join_with(
+        namespace: Namespace,
+        login_server: &str,
+        key: &str,
+        name: &str,
+        environment: &[(&str, &str)],
+    ) -> Result<Gopher, String> {
+        let mut gopher = Gopher::start(namespace, environment);
         let key = format!("--auth-key={key}");
         gopher.up(login_server, name, &[&key])?;
         gopher.learn_addresses()?;
@@ -40,7 +51,7 @@ impl Gopher {
         name: &str,
         open: impl FnOnce(&str),
     ) -> Result<Gopher, String> {
-        let mut gopher = Gopher::start(namespace);
+        let mut gopher = Gopher::start(namespace, &[]);
         thread::scope(|scope| {
             let up = scope.spawn(|| gopher.up(login_server, name, &[]));
             let mut page = String::new();
@@ -56,10 +67,10 @@ impl Gopher {
         Ok(gopher)
     }
 
-    fn start(namespace: Namespace) -> Gopher {
+    fn start(namespace: Namespace, environment: &[(&str, &str)]) -> Gopher {
         let directory = TempDir::new().expect("a directory for tailscaled");
         let gopher = Gopher {
-            _daemon: spawn(&namespace, &directory),
+            _daemon: spawn(&namespace, &directory, environment),
             namespace,
             addresses: Vec::new(),
             directory,
@@ -140,7 +151,7 @@ impl Deref for Gopher {
     }
 }
 
-fn spawn(namespace: &Namespace, directory: &TempDir) -> Process {
+fn spawn(namespace: &Namespace, directory: &TempDir, environment: &[(&str, &str)]) -> Process {
     let path = directory.path();
     // It rewrites /etc/resolv.conf, and so has an /etc of its own.
     let etc = path.join("etc");
@@ -148,7 +159,7 @@ fn spawn(namespace: &Namespace, directory: &TempDir) -> Process {
     for file in ["passwd", "group", "nsswitch.conf"] {
         fs::copy(Path::new("/etc").join(file), etc.join(file)).expect("fill its /etc");
     }
-    fs::write(etc.join("resolv.conf"), "").expect("write its resolv.conf");
+    fs::write(etc.join("resolv.conf"), NameServer::RESOLV_CONF).expect("write its resolv.conf");
     let mut command = namespace.command("unshare");
     command
         .args(["--mount", "sh", "-ec"])
@@ -161,6 +172,7 @@ fn spawn(namespace: &Namespace, directory: &TempDir) -> Process {
         .arg(path.join("state"))
         .arg("--socket")
         .arg(path.join("tailscaled.sock"))
+        .envs(environment.iter().copied())
         .env("TS_LOGS_DIR", path)
         // The relays of these tailnets speak plain HTTP.
         .env("TS_DEBUG_USE_DERP_HTTP", "1");

@@ -1,10 +1,10 @@
 use std::{fs, net::TcpStream, path::Path, process::Command, time::Duration};
 
-use serde_json::json;
+use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use crate::{
-    Underlay, eventually,
+    NameServer, Underlay, eventually,
     program::{Process, ask, peer},
 };
 
@@ -60,6 +60,15 @@ impl Headscale {
         self.ask(&["auth", "register", "--user=user", "--auth-id", id]);
     }
 
+    /// Calls the node of this name otherwise.
+    pub fn rename(&self, name: &str, to: &str) {
+        let list = self.ask(&["nodes", "list", "--output=json"]);
+        let nodes: Vec<Value> = serde_json::from_str(&list).expect("a list of nodes");
+        let node = nodes.iter().find(|node| node["given_name"] == name);
+        let id = &node.expect("a node of this name")["id"];
+        self.ask(&["nodes", "rename", to, &format!("--identifier={id}")]);
+    }
+
     /// Says who may reach whom from now on.
     pub fn set_policy(&self, policy: &str) {
         let file = self.state.path().join("policy.hujson");
@@ -102,7 +111,12 @@ fn configuration(directory: &Path, domain: &str) -> String {
         "policy": { "mode": "database" },
         "dns": {
             "magic_dns": true, "base_domain": domain, "override_local_dns": false,
-            "nameservers": { "global": [] },
+            "nameservers": {
+                "global": [], "split": { NameServer::OFFICE_ZONE: [NameServer::OFFICE] },
+            },
+            "extra_records": [
+                { "name": format!("wiki.{domain}"), "type": "A", "value": NameServer::WIKI },
+            ],
         },
         "derp": {
             "urls": [], "paths": [], "auto_update_enabled": false,

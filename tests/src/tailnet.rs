@@ -4,7 +4,7 @@ use serde_json::Value;
 use tempfile::TempDir;
 
 use crate::{
-    Underlay, eventually,
+    NameServer, Underlay, eventually,
     program::{Process, program},
 };
 
@@ -75,6 +75,12 @@ impl Tailnet {
         self.control(&["node", "approve"], &[id]);
     }
 
+    /// Calls the node of this name otherwise.
+    pub fn rename(&self, name: &str, to: &str) {
+        let node = self.node(name).expect("a node of this name");
+        self.control(&["node", "rename"], &[&node["id"].to_string(), to]);
+    }
+
     /// Says who may reach whom from now on.
     pub fn set_policy(&self, policy: &str) {
         let file = self.state.path().join("policy.hujson");
@@ -109,11 +115,14 @@ impl Tailnet {
 }
 
 fn spawn(underlay: &Underlay, port: u16, domain: &str, state: &TempDir) -> Process {
+    let (zone, office) = (NameServer::OFFICE_ZONE, NameServer::OFFICE);
     let mut command = underlay.router.command(program("tailnode-control"));
     command
         .args(["serve", "--url", &url(port), "--domain", domain])
         .args(["--listen", &format!("{}:{port}", Underlay::ROUTER)])
         .args(["--stun", &format!("{}:{}", Underlay::ROUTER, port + 1)])
+        .arg(format!("--record=wiki.{domain}={}", NameServer::WIKI))
+        .arg(format!("--split-dns={zone}={office}"))
         .arg("--state")
         .arg(state.path());
     Process::spawn(command, state.path().join("test.log"))

@@ -3,8 +3,8 @@ use std::{net::TcpStream, time::Duration};
 use tempfile::TempDir;
 
 use crate::{
-    Underlay, eventually,
-    program::{Process, peer},
+    NameServer, Underlay, eventually,
+    program::{Process, ask, peer},
 };
 
 const PORT: u16 = 8080;
@@ -34,12 +34,15 @@ impl Testcontrol {
             .arg(format!("-stun-port={STUN_PORT}"))
             .arg("-c")
             .arg(directory.path().join("derper.json"));
+        let (zone, office) = (NameServer::OFFICE_ZONE, NameServer::OFFICE);
         let mut server = underlay.router.command(peer("testcontrol"));
         server
             .arg(format!("-listen={router}:{PORT}"))
             .arg(format!("-relay={router}:{RELAY_PORT}"))
             .arg(format!("-stun-port={STUN_PORT}"))
             .arg(format!("-domain={domain}"))
+            .arg(format!("-record=wiki.{domain}={}", NameServer::WIKI))
+            .arg(format!("-split-dns={zone}={office}"))
             .arg(format!("-auth-key={}", Testcontrol::KEY));
         let testcontrol = Testcontrol {
             _server: Process::spawn(server, directory.path().join("server.log")),
@@ -53,6 +56,14 @@ impl Testcontrol {
             });
         }
         testcontrol
+    }
+
+    /// Calls the node of this name otherwise.
+    pub fn rename(&self, underlay: &Underlay, name: &str, to: &str) {
+        let mut curl = underlay.router.command("curl");
+        let url = format!("{}/test/rename?name={name}&to={to}", self.url());
+        curl.args(["--silent", "--show-error", "--fail", &url]);
+        ask(curl).unwrap_or_else(|error| panic!("rename {name}: {error}"));
     }
 
     /// The URL that nodes log in to.

@@ -9,6 +9,7 @@
     reason = "a case reports by panicking, and not only in its own body"
 )]
 
+mod bytes;
 mod direct;
 mod join;
 mod names;
@@ -35,6 +36,7 @@ const GROUPS: &[&[Case]] = &[
     relay::CASES,
     names::CASES,
     policy::CASES,
+    bytes::CASES,
 ];
 
 /// Cases that would begin later than this do not, and have failed.

@@ -4,13 +4,16 @@ use std::{
     fmt,
     net::{IpAddr, TcpStream, UdpSocket},
     ops::Deref,
+    thread,
     time::Duration,
 };
 
-use serde_json::json;
+use serde_json::{Value, json};
 use tailnode_tests::{Headscale, Host, Tailnet, Testcontrol, eventually};
 
-pub use tailnode_tests::{Container, Gopher, Namespace, Underlay};
+pub use tailnode_tests::{
+    Container, Delivery, Flow, Gopher, NameServer, Namespace, Underlay, Wire, noise,
+};
 
 /// A case with the servers that it is true under.
 pub type Case = (&'static str, &'static [Server], fn(Server));
@@ -94,6 +97,15 @@ impl Scene {
         }
     }
 
+    /// Calls the node of this name otherwise.
+    pub fn rename(&self, name: &str, to: &str) {
+        match &self.control {
+            Control::Ours(server) => server.rename(name, to),
+            Control::Headscale(server) => server.rename(name, to),
+            Control::Testcontrol(server) => server.rename(&self.underlay, name, to),
+        }
+    }
+
     /// Lets a node in whose login page has this URL.
     pub fn approve(&self, page: &str) {
         match &self.control {
@@ -108,7 +120,12 @@ impl Scene {
         let rules = allowed
             .iter()
             .map(|(src, dst)| json!({ "action": "accept", "src": [src], "dst": [dst] }));
-        let policy = json!({ "acls": rules.collect::<Vec<_>>() }).to_string();
+        self.enforce(&json!({ "acls": rules.collect::<Vec<_>>() }));
+    }
+
+    /// Replaces the policy by this one, a file of Tailscale's form.
+    pub fn enforce(&self, policy: &Value) {
+        let policy = policy.to_string();
         match &self.control {
             Control::Ours(server) => server.set_policy(&policy),
             Control::Headscale(server) => server.set_policy(&policy),
@@ -257,12 +274,36 @@ pub fn same_bytes(web: &Ours, gopher: &Gopher, count: u32) {
 
 pub fn exchange(from: &Namespace, to: &Namespace, address: IpAddr, count: u32) {
     const PORT: u16 = 8000;
-    let bytes: Vec<u8> = (0..count).map(|number| (number % 251) as u8).collect();
+    let bytes = noise(1, count as usize);
     to.echo(PORT).unwrap();
     let answer = from
         .send((address, PORT).into(), &bytes)
         .unwrap_or_else(|error| panic!("{count} bytes to {address}: {error}"));
     assert!(answer == bytes, "{address} returned other bytes");
+}
+
+/// A stream from here to there and back that lasts until it is dropped; it has begun to flow.
+pub fn flow(from: &Namespace, to: &Namespace, address: IpAddr, port: u16) -> Flow {
+    to.echo(port).unwrap();
+    let flow = from.flow((address, port).into()).unwrap();
+    flows(&flow, 10);
+    flow
+}
+
+/// More bytes of the stream return within so many seconds.
+pub fn flows(flow: &Flow, seconds: u64) {
+    // More than what may be under way already.
+    let enough = flow.returned() + 1_000_000;
+    within(seconds, "bytes flow", || flow.returned() > enough);
+}
+
+/// No bytes of the stream return any more, within so many seconds.
+pub fn stops(flow: &Flow, seconds: u64) {
+    within(seconds, "no bytes flow", || {
+        let before = flow.returned();
+        thread::sleep(Duration::from_secs(1));
+        flow.returned() == before
+    });
 }
 
 pub fn within(seconds: u64, what: &str, is_so: impl FnMut() -> bool) {
