@@ -48,9 +48,13 @@ impl Addresses {
     /// Whether what was measured with `before` may no longer hold: an address is gone, or packets
     /// take another way. With more addresses, such as a bridge's for containers, it does.
     pub fn is_a_move_from(&self, before: &Self) -> bool {
+        self.goes_another_way_than(before) || before.all.iter().any(|ip| !self.all.contains(ip))
+    }
+
+    /// Whether packets for the Internet leave from another address than before.
+    pub fn goes_another_way_than(&self, before: &Self) -> bool {
         let mut outward = before.outward.iter().zip(&self.outward);
-        before.all.iter().any(|ip| !self.all.contains(ip))
-            || outward.any(|(before, now)| before.is_some() && before != now)
+        outward.any(|(before, now)| before.is_some() && before != now)
     }
 }
 
@@ -162,6 +166,8 @@ mod tests {
             assert_eq!(after.is_a_move_from(&before), moved, "{after:?}");
         }
         assert!(!before.is_a_move_from(&with(&[a], None)));
+        let bridge_gone = before.clone();
+        assert!(!bridge_gone.goes_another_way_than(&with(&[a, b], Some(a))));
         assert!(!before.is_a_move_from(&Addresses::default()));
     }
 

@@ -151,8 +151,8 @@ impl Handle {
         });
     }
 
-    /// The host's addresses changed: connects anew, since nothing would tell for a minute that the
-    /// connection leads nowhere.
+    /// The host's way to the Internet changed: connects anew, since nothing would tell for a minute
+    /// that the connection leads nowhere.
     pub fn moved(&self) {
         self.moved.send_replace(());
     }
@@ -478,7 +478,7 @@ impl Session {
                     },
                 },
                 never = &mut updates => match never {},
-                Ok(()) = self.moved.changed() => return Err(retry("the host's addresses changed")),
+                Ok(()) = self.moved.changed() => return Err(retry("the host has moved")),
                 Some(ping) = pings.join_next() => if let Err(error) = ping {
                     debug!(%error, "answering a ping failed");
                 },

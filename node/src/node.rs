@@ -819,8 +819,10 @@ impl Task {
                 self.netcheck.reset();
                 self.router.reset_paths();
                 self.relays.set_addresses(&local.all);
-                self.session.moved();
                 self.asked_nearest = false;
+            }
+            if local.goes_another_way_than(&self.local) {
+                self.session.moved();
             }
             self.checked_at = None;
             self.local = local;
