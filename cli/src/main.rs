@@ -10,10 +10,11 @@ use std::{
 
 use anyhow::bail;
 use clap::{Parser, Subcommand};
-use tailnode_plugin::api::{self, ContainerStatus, Request, Response};
+use tailnode_plugin::api::{self, Request, Response, is_called};
 
 /// For the daemon to answer; it does so from memory.
 const PATIENCE: Duration = Duration::from_secs(10);
+const OTHER_ANSWER: &str = "tailnoded gave an answer to something else: is it of another version?";
 
 /// Containers as nodes of a tailnet.
 ///
@@ -33,7 +34,7 @@ named here stays; more may come.
   engine               podman or docker
   interface            the device in the container; empty when it is gone
   node                 hostname, name, addresses, login_server, home_relay, health, rx_bytes, tx_bytes
-  node.login.state     starting, needs-login (with url), needs-approval, running, offline (with error),
+  node.login.state     starting, needs-login (with url and reason), needs-approval, running, offline (with error),
                        refused (with error), expired, stopped
   node.peers           of each: name, addresses, online (null: not said), rx_bytes, tx_bytes
   node.peers[].path    via: idle, direct (with address) or relay (with region)
@@ -51,11 +52,19 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Take a container out of its tailnets until it is started again.
+    Logout {
+        /// Its name, or the beginning of its id.
+        container: String,
+    },
 }
 
 fn main() -> ExitCode {
-    let Command::Status { container, json } = Arguments::parse().command;
-    match status(container.as_deref(), json) {
+    let done = match Arguments::parse().command {
+        Command::Status { container, json } => status(container.as_deref(), json),
+        Command::Logout { container } => logout(container),
+    };
+    match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("tailnode: {error:#}");
@@ -64,13 +73,21 @@ fn main() -> ExitCode {
     }
 }
 
+fn logout(container: String) -> anyhow::Result<()> {
+    let request = Request::Logout { container };
+    match api::call(&api::socket_path(), &request, None, PATIENCE)? {
+        Response::Ok => Ok(()),
+        _ => bail!(OTHER_ANSWER),
+    }
+}
+
 fn status(container: Option<&str>, json: bool) -> anyhow::Result<()> {
     let response = api::call(&api::socket_path(), &Request::Status, None, PATIENCE)?;
     let Response::Status(mut list) = response else {
-        bail!("tailnoded gave an answer to something else: is it of another version?");
+        bail!(OTHER_ANSWER);
     };
     if let Some(wanted) = container {
-        list.retain(|status| is_called(status, wanted));
+        list.retain(|status| is_called(&status.container, &status.container_id, wanted));
         if list.is_empty() {
             bail!(
                 "no container called {wanted} has a node; `tailnode status` lists those that have"
@@ -88,18 +105,13 @@ fn status(container: Option<&str>, json: bool) -> anyhow::Result<()> {
     }
 }
 
-/// By its name, or by the beginning of its id.
-fn is_called(status: &ContainerStatus, wanted: &str) -> bool {
-    status.container == wanted || (!wanted.is_empty() && status.container_id.starts_with(wanted))
-}
-
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeSet;
 
     use serde_json::Value;
     use tailnode_node::{Login, PeerPath, PeerStatus, Status};
-    use tailnode_plugin::api::Engine;
+    use tailnode_plugin::api::{ContainerStatus, Engine};
 
     use super::*;
 
@@ -156,7 +168,10 @@ mod tests {
         let (url, error) = (String::new(), String::new());
         let list = [
             Login::Starting,
-            Login::NeedsLogin { url },
+            Login::NeedsLogin {
+                url,
+                reason: String::new(),
+            },
             Login::NeedsApproval,
             Login::Running,
             Login::Offline {

@@ -85,8 +85,16 @@ fn state(login: &Login) -> &'static str {
 fn remarks(node: &Status) -> Vec<String> {
     let server = &node.login_server;
     let state = match &node.login {
-        Login::Starting | Login::Running | Login::Stopped => None,
-        Login::NeedsLogin { url } => Some(format!("log in: open {url}")),
+        Login::Starting | Login::Running => None,
+        Login::Stopped => {
+            Some("it has left the tailnet: restart the container to join again".into())
+        }
+        Login::NeedsLogin { url, reason } if reason.is_empty() => {
+            Some(format!("log in: open {url}"))
+        }
+        Login::NeedsLogin { url, reason } => Some(format!(
+            "{reason}; to let it in again, open {url}, or restart the container with a valid auth key"
+        )),
         Login::NeedsApproval => Some(format!(
             "an administrator of {server} must approve this node"
         )),
@@ -109,6 +117,7 @@ fn peer(peer: &PeerStatus) -> Vec<String> {
     let path = match &peer.path {
         PeerPath::Idle if peer.online == Some(false) => "offline".into(),
         PeerPath::Idle => "idle".into(),
+        PeerPath::Local => "local".into(),
         PeerPath::Direct { address } => format!("direct {address}"),
         PeerPath::Relay { region } => format!("relay \"{region}\""),
     };
@@ -290,8 +299,16 @@ web        podman  tailnet  web.demo.internal  100.64.0.1,fd7a:115c:a1e0::1  run
             (
                 Login::NeedsLogin {
                     url: "https://h/register/x".into(),
+                    reason: String::new(),
                 },
                 "  ! log in: open https://h/register/x\n",
+            ),
+            (
+                Login::NeedsLogin {
+                    url: "https://h/register/x".into(),
+                    reason: "its key has expired".into(),
+                },
+                "  ! its key has expired; to let it in again, open https://h/register/x, or restart",
             ),
             (Login::NeedsApproval, "must approve this node"),
             (

@@ -46,11 +46,11 @@ pub enum Request {
         /// Which.
         id: NodeId,
     },
-    /// Give a node another name.
+    /// Call a node otherwise.
     RenameNode {
         /// Which.
         id: NodeId,
-        /// The first part of its MagicDNS name.
+        /// One label of DNS, not yet another node's.
         name: String,
     },
     /// Let a node in that waits.
@@ -105,7 +105,7 @@ impl Request {
                 Answer::Done
             }
             Self::RenameNode { id, name } => {
-                state.call(id, name)?;
+                state.call(id, &name)?;
                 Answer::Done
             }
             Self::ApproveNode { id, user } => Answer::Node(state.approve(&id, user, now)?),

@@ -3,8 +3,8 @@
 //! For one host, a LAN, CI or an air-gapped site: nodes join with an auth key or by approval at
 //! the command line, get addresses and names, see those peers that a policy lets them talk to, and
 //! reach each other directly or by the relay. `tailscaled` joins it as well as our own nodes do.
-//! It is no replacement for Headscale or Tailscale: there is one tailnet, no web login, no TLS of
-//! its own, no Tailscale SSH, Serve, Taildrop policy or tailnet lock, and one relay.
+//! It is no replacement for Headscale or Tailscale: there is one tailnet, no web login, no Tailscale
+//! SSH, Serve, Taildrop policy or tailnet lock.
 //!
 //! ```no_run
 //! # async fn example() -> Result<(), tailnode_control_server::Error> {
@@ -26,6 +26,7 @@
 //! | `store` | SQLite |
 //! | `machine` | `/machine/register`, `/machine/map` |
 //! | `web` | the HTTP listener |
+//! | `tls` | HTTPS |
 //! | `relay` | DERP |
 //! | [`admin`] | the command line's way in |
 
@@ -42,7 +43,7 @@ use tailnode_wire::{
     tailcfg::{DerpMap, DerpNode, DerpRegion, NodeId, RegionId},
 };
 use tokio::{
-    net::{TcpListener, UdpSocket},
+    net::{TcpSocket, UdpSocket},
     task::JoinSet,
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
@@ -55,11 +56,13 @@ mod policy;
 mod relay;
 mod store;
 mod tailnet;
+mod tls;
 mod web;
 
 pub use policy::{Policy, PolicyError};
 pub use store::AuthKey;
 pub use tailnet::{KeySpec, Names, NodeSummary};
+pub use tls::TlsFiles;
 
 use crate::{
     relay::Relay,
@@ -89,6 +92,10 @@ pub struct Config {
     pub policy: Option<PathBuf>,
     /// Names beyond those of the nodes.
     pub names: Names,
+    /// The certificate to serve HTTPS with; `None`: plain HTTP.
+    pub tls: Option<TlsFiles>,
+    /// Further relays, in the form of `tailcfg.DERPMap`; `None`: this server is the only one.
+    pub derp_map: Option<PathBuf>,
 }
 
 impl Config {
@@ -102,6 +109,8 @@ impl Config {
             domain: DEFAULT_DOMAIN.to_owned(),
             policy: None,
             names: Names::default(),
+            tls: None,
+            derp_map: None,
         }
     }
 }
@@ -148,6 +157,27 @@ pub enum Error {
     /// The URL has no host.
     #[error("the server's URL {0} has no host; give it as --url http://HOST:PORT")]
     NoHost(Url),
+    /// The URL says plain HTTP.
+    #[error(
+        "the server's URL {0} is for plain http, but it has a certificate; give it as --url https://HOST:PORT"
+    )]
+    NotHttps(Url),
+    /// The certificate or its key.
+    #[error("TLS file {}: {reason}; --tls-cert and --tls-key name PEM files that belong together", path.display())]
+    Tls {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        reason: String,
+    },
+    /// The map of further relays.
+    #[error("DERP map {}: {reason}; it should look like {{\"Regions\": {{\"901\": {{\"RegionID\": 901, \"RegionCode\": \"fra\", \"Nodes\": [{{\"Name\": \"901a\", \"RegionID\": 901, \"HostName\": \"derp.example.com\"}}]}}}}}}", path.display())]
+    DerpMap {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        reason: String,
+    },
     /// The policy file.
     #[error("policy file {}: {source}", path.display())]
     PolicyFile {
@@ -177,19 +207,19 @@ pub enum Error {
         /// The number.
         id: NodeId,
     },
-    /// Not a name that a node can have.
-    #[error("{name:?} is no name for a node: write small letters, digits and dashes, at most 63")]
+    /// Not a name for a node.
+    #[error("{name:?} is not a host name; write it with small letters, digits and dashes")]
     BadName {
         /// What was given.
         name: String,
     },
-    /// Another node has the name.
-    #[error("node {id} has the name {name:?}: rename or delete it first")]
+    /// A name that another node has.
+    #[error("{name:?} is the name of node {by}; give that another first")]
     NameTaken {
         /// What was given.
         name: String,
-        /// Who has it.
-        id: NodeId,
+        /// Whose it is.
+        by: NodeId,
     },
     /// No node waits there.
     #[error("no node waits under {id:?}; the node shows the right one when it asks to log in")]
@@ -228,6 +258,9 @@ pub enum Error {
     NoAddress,
 }
 
+/// Connections that may wait to be taken.
+const BACKLOG: u32 = 1024;
+
 /// A running server; it ends when this is dropped.
 pub struct Server {
     url: Url,
@@ -245,10 +278,9 @@ impl Server {
         let store = Store::open(&config.state)?;
         let identity = store.identity()?;
         let policy = config.policy.as_deref().map(read_policy).transpose()?;
+        let tls = config.tls.as_ref().map(tls::acceptor).transpose()?;
 
-        let http = TcpListener::bind(config.listen)
-            .await
-            .map_err(listen(config.listen))?;
+        let http = bind(config.listen).map_err(listen(config.listen))?;
         let http_addr = http.local_addr().map_err(Error::Serve)?;
         let stun = match config.stun {
             Some(addr) => Some(UdpSocket::bind(addr).await.map_err(listen(addr))?),
@@ -261,9 +293,19 @@ impl Server {
             .map_err(Error::Serve)?;
         let url = match config.url {
             Some(url) => url,
-            None => format!("http://{http_addr}").parse().map_err(Error::Url)?,
+            None => {
+                let scheme = if tls.is_some() { "https" } else { "http" };
+                let url = format!("{scheme}://{http_addr}");
+                url.parse().map_err(Error::Url)?
+            }
         };
-        let derp_map = derp_map(&url, stun_addr)?;
+        if tls.is_some() && url.scheme() == "http" {
+            return Err(Error::NotHttps(url));
+        }
+        let mut derp_map = derp_map(&url, stun_addr)?;
+        if let Some(path) = &config.derp_map {
+            add_regions(&mut derp_map, path)?;
+        }
         let domain = config.domain.trim_matches('.').to_ascii_lowercase();
         store.set_domain(&domain)?;
         let tailnet_site = Site {
@@ -277,6 +319,9 @@ impl Server {
             dir: config.state.clone(),
             source,
         })?;
+        // Not before: who finds the port open finds the administrator's socket, too. Without that,
+        // the command line changes the state itself, and the server does not learn of it.
+        let http = http.listen(BACKLOG).map_err(listen(config.listen))?;
 
         let site = Arc::new(web::Site {
             tailnet: Arc::clone(&tailnet),
@@ -286,7 +331,7 @@ impl Server {
             stop: CancellationToken::new(),
         });
         let mut tasks = JoinSet::new();
-        tasks.spawn(web::serve(http, Arc::clone(&site)));
+        tasks.spawn(web::serve(http, tls, Arc::clone(&site)));
         tasks.spawn(admin::serve(
             admin,
             Arc::clone(&tailnet),
@@ -373,6 +418,18 @@ impl Drop for Server {
     }
 }
 
+/// Takes the address without listening there yet.
+fn bind(address: SocketAddr) -> io::Result<TcpSocket> {
+    let socket = match address {
+        SocketAddr::V4(_) => TcpSocket::new_v4()?,
+        SocketAddr::V6(_) => TcpSocket::new_v6()?,
+    };
+    // As tokio's listeners do: a restart need not wait for old connections' ends.
+    socket.set_reuseaddr(true)?;
+    socket.bind(address)?;
+    Ok(socket)
+}
+
 /// Reads and checks a policy file.
 pub fn read_policy(path: &Path) -> Result<Policy, Error> {
     let unreadable = |source| Error::PolicyFile {
@@ -417,6 +474,38 @@ fn derp_map(url: &Url, stun: Option<SocketAddr>) -> Result<DerpMap, Error> {
         regions: [(DERP_REGION, region)].into(),
         omit_default_regions: true,
     })
+}
+
+/// Adds the regions of a file to those of the map. It is read as Tailscale's policy reads its
+/// `derpMap`: a region replaces ours of the same number, and `OmitDefaultRegions` leaves ours out.
+fn add_regions(map: &mut DerpMap, path: &Path) -> Result<(), Error> {
+    let bad = |reason: String| Error::DerpMap {
+        path: path.to_owned(),
+        reason,
+    };
+    let text = std::fs::read_to_string(path).map_err(|error| bad(error.to_string()))?;
+    let further: DerpMap =
+        serde_json::from_str(&policy::to_json(&text)).map_err(|error| bad(error.to_string()))?;
+    if further.regions.is_empty() {
+        return Err(bad("it has no Regions".into()));
+    }
+    for (id, region) in &further.regions {
+        let wrong = |what: &str| Err(bad(format!("region {id} {what}")));
+        if region.region_id != *id {
+            return wrong("has another number as its RegionID");
+        }
+        if region.nodes.is_empty() {
+            return wrong("has no Nodes");
+        }
+        if region.nodes.iter().any(|node| node.host_name.is_empty()) {
+            return wrong("has a node without HostName");
+        }
+    }
+    if further.omit_default_regions {
+        map.regions.clear();
+    }
+    map.regions.extend(further.regions);
+    Ok(())
 }
 
 /// Tells everyone who asks by STUN where the question came from.

@@ -36,9 +36,10 @@ mod frames;
 mod registration;
 
 use frames::Frames;
-use registration::{Registration, Step};
+use registration::{Registration, Standing, Step};
 
 use crate::{
+    clock::Clock,
     dial::{self, Backoff, Http},
     netmap::{expiry, is_expired},
     state::Keys,
@@ -57,12 +58,16 @@ const H2_PING: Duration = Duration::from_secs(45);
 const H2_PONG: Duration = Duration::from_secs(20);
 /// A map stream that lived so long was a good one: the next may begin soon.
 const SETTLED: Duration = Duration::from_secs(10);
+/// Whom a server forgets that was heard of so lately has been deleted; who was away for longer may
+/// be an ephemeral node that the server swept out.
+const LATELY: Duration = Duration::from_secs(90);
 /// The longest sleep that the server may order (controlclient/direct.go, sleepAsRequested).
 const MAX_SLEEP: Duration = Duration::from_secs(300);
 /// Pings of the server answered at a time.
 const MAX_PINGS: usize = 4;
 /// How long the answer to a ping may take (controlclient/direct.go, answerHeadPing).
 const PING: Duration = Duration::from_secs(15);
+const MAP: &str = "/machine/map";
 /// Largest answer that is not a map.
 const MAX_ANSWER: usize = 1 << 20;
 
@@ -101,6 +106,8 @@ pub struct Config {
     pub tags: Vec<String>,
     /// Ask to be forgotten when gone.
     pub ephemeral: bool,
+    /// It joined before, by all that is kept of it.
+    pub known: bool,
     /// Whom to trust: [`dial::tls_config`].
     pub tls: Arc<rustls::ClientConfig>,
 }
@@ -136,7 +143,7 @@ pub struct Handle {
     advertised: watch::Sender<Advertised>,
     moved: watch::Sender<()>,
     /// Carries who waits for the logout.
-    logout: oneshot::Sender<oneshot::Sender<()>>,
+    logout: oneshot::Sender<oneshot::Sender<Result<(), String>>>,
     task: AbortOnDropHandle<()>,
 }
 
@@ -157,8 +164,11 @@ impl Handle {
         self.moved.send_replace(());
     }
 
-    /// Ends the session and tells the control server to forget us, if it can be told in time.
-    pub async fn logout(self, within: Duration) {
+    /// Ends the session and tells the control server to forget us.
+    ///
+    /// # Errors
+    /// If it could not be told in time, in words for a person.
+    pub async fn logout(self, within: Duration) -> Result<(), String> {
         let Self {
             advertised: _open,
             moved: _,
@@ -166,12 +176,22 @@ impl Handle {
             task,
         } = self;
         let (done, finished) = oneshot::channel();
-        if logout.send(done).is_err() {
-            debug!("the session had ended before the logout");
-        } else if timeout(within, finished).await.is_err() {
-            warn!("the control server does not answer: the node stays listed there for now");
-        }
+        let told = if logout.send(done).is_err() {
+            Err("the session had ended before".to_owned())
+        } else {
+            match timeout(within, finished).await {
+                Ok(Ok(told)) => told,
+                Ok(Err(_)) => Err("the session ended before".to_owned()),
+                Err(_) => Err(format!("no answer in {} s", within.as_secs())),
+            }
+        };
         task.abort();
+        told.inspect_err(|error| {
+            warn!(
+                error,
+                "the control server was not told of the logout: the node stays listed there"
+            );
+        })
     }
 }
 
@@ -179,9 +199,14 @@ impl Handle {
 pub fn spawn(config: Config, keys: Keys, events: mpsc::Sender<Event>) -> Handle {
     let (advertised_tx, advertised) = watch::channel(Advertised::default());
     let (moved_tx, moved) = watch::channel(());
-    let (logout_tx, logout) = oneshot::channel::<oneshot::Sender<()>>();
+    let (logout_tx, logout) = oneshot::channel::<oneshot::Sender<Result<(), String>>>();
     let hostinfo = hostinfo(&config);
     let span = tracing::info_span!("control", hostname = config.hostname);
+    let standing = if config.known {
+        Standing::Member
+    } else {
+        Standing::Stranger
+    };
     let mut session = Session {
         config,
         hostinfo,
@@ -191,10 +216,12 @@ pub fn spawn(config: Config, keys: Keys, events: mpsc::Sender<Event>) -> Handle 
         moved,
         connection: None,
         login: Login::Starting,
-        standing: Login::Running,
+        mapped: Login::Running,
+        clock: Clock::of_host(),
+        heard: None,
         registration: None,
         registered: false,
-        rotate: false,
+        standing,
         resume: None,
         last_ping: String::new(),
     };
@@ -208,14 +235,12 @@ pub fn spawn(config: Config, keys: Keys, events: mpsc::Sender<Event>) -> Handle 
             };
             // An error says that the handle is gone, and with it the wish to log out.
             if let Ok(done) = asked {
-                match session.logout().await {
-                    Ok(()) => info!("no longer a member"),
-                    Err(failure) => {
-                        warn!(?failure, "the control server was not told of the logout")
-                    }
+                let told = session.logout().await;
+                if told.is_ok() {
+                    info!("no longer a member");
                 }
                 // Whoever asked may have stopped waiting.
-                let _ = done.send(());
+                let _ = done.send(told.map_err(Failure::into_words));
             }
         }
         .instrument(span),
@@ -239,10 +264,22 @@ enum Failure {
     },
     /// The server's no.
     Refused(String),
+    /// The server does not know us (any more), or not by this key.
+    Unknown(String),
     /// The node key has expired.
     Expired,
     /// Nobody takes our events.
     Unheard,
+}
+
+impl Failure {
+    fn into_words(self) -> String {
+        match self {
+            Self::Retry { error, .. } | Self::Refused(error) | Self::Unknown(error) => error,
+            Self::Expired => "the node's key has expired".to_owned(),
+            Self::Unheard => "the node has stopped".to_owned(),
+        }
+    }
 }
 
 impl From<dial::Error> for Failure {
@@ -275,12 +312,15 @@ struct Session {
     /// What was last reported.
     login: Login,
     /// How the last map that spoke of us saw us.
-    standing: Login,
+    mapped: Login,
+    clock: Clock,
+    /// When the last message of a map stream came.
+    heard: Option<Instant>,
     /// An attempt to join that a lost connection does not end.
     registration: Option<Registration>,
     registered: bool,
-    /// The node key is known to have expired.
-    rotate: bool,
+    /// What we are to the server while we are not registered.
+    standing: Standing,
     resume: Option<Resume>,
     /// The URL of the last ping answered: servers repeat pings in every message.
     last_ping: String,
@@ -324,9 +364,19 @@ impl Session {
                     }
                     return;
                 }
+                Failure::Unknown(error) => {
+                    self.registered = false;
+                    self.resume = None;
+                    let here = self.heard.is_some_and(|at| at.elapsed() < LATELY);
+                    if here && !self.config.ephemeral {
+                        self.standing = Standing::Forgotten;
+                    }
+                    let error = format!("{}: {error}", self.config.login_server);
+                    (live.is_none().then_some(Login::Offline { error }), None)
+                }
                 Failure::Expired => {
                     self.registered = false;
-                    self.rotate = true;
+                    self.standing = Standing::Expired;
                     (Some(Login::Expired), None)
                 }
                 Failure::Unheard => return,
@@ -358,11 +408,11 @@ impl Session {
         let mut pace = Backoff::default();
         let mut registration = self.registration.take().unwrap_or_else(|| {
             let has_key = self.config.auth_key.is_some();
-            Registration::new(self.keys.node.clone(), has_key, self.rotate)
+            Registration::new(self.keys.node.clone(), has_key, self.standing)
         });
         if let Some(url) = registration.visit() {
-            let url = url.to_owned();
-            self.report(Login::NeedsLogin { url }).await?;
+            let (url, reason) = (url.to_owned(), registration.reason());
+            self.report(Login::NeedsLogin { url, reason }).await?;
         }
         loop {
             let request = registration.request(
@@ -394,18 +444,23 @@ impl Session {
                 Step::Again => {}
                 Step::Lapsed => pace.wait().await,
                 Step::Visit(url) => {
-                    let login = Login::NeedsLogin { url };
+                    let reason = registration.reason();
+                    let login = Login::NeedsLogin { url, reason };
                     if self.login == login {
                         // Not all servers wait for the person before they answer.
                         pace.wait().await;
                     }
                     self.report(login).await?;
                 }
-                Step::Refused(words) => return Err(Failure::Refused(words)),
+                Step::Refused(words) => {
+                    let reason = Some(registration.reason()).filter(|reason| !reason.is_empty());
+                    let words = reason.map_or(words.clone(), |reason| format!("{reason}: {words}"));
+                    return Err(Failure::Refused(words));
+                }
                 Step::Expired => return Err(Failure::Expired),
                 Step::Joined { node, rotated } => {
                     self.registered = true;
-                    self.rotate = false;
+                    self.standing = Standing::Member;
                     if rotated {
                         self.keys.node = node;
                         self.resume = None;
@@ -441,17 +496,12 @@ impl Session {
             map_session_seq: self.resume.as_ref().map_or(0, |r| r.seq),
             ..updates.request()
         };
-        let response = timeout(WATCHDOG, connection.post("/machine/map", &request))
+        let response = timeout(WATCHDOG, connection.post(MAP, &request))
             .await
             .map_err(|_| silence())??;
         let status = response.status();
         if status != StatusCode::OK {
-            // The server does not know us (any more), or not by this key: join again.
-            if status.is_client_error() && status != StatusCode::TOO_MANY_REQUESTS {
-                self.registered = false;
-                self.resume = None;
-            }
-            return Err(unwelcome("/machine/map", response).await);
+            return Err(unwelcome(MAP, response).await);
         }
 
         let mut body = response.into_body();
@@ -477,12 +527,12 @@ impl Session {
                         buffer.extend_from_slice(&data);
                     },
                 },
-                never = &mut updates => match never {},
+                failure = &mut updates => return Err(failure),
                 Ok(()) = self.moved.changed() => return Err(retry("the host has moved")),
                 Some(ping) = pings.join_next() => if let Err(error) = ping {
                     debug!(%error, "answering a ping failed");
                 },
-                () = moment(expires) => return Err(Failure::Expired),
+                () = moment(self.clock, expires) => return Err(Failure::Expired),
             }
         }
     }
@@ -493,6 +543,7 @@ impl Session {
         message: MapResponse,
         live: &mut Option<Instant>,
     ) -> Result<(), Failure> {
+        self.heard = Some(Instant::now());
         if let Some(debug) = &message.debug {
             self.obey(debug).await;
         }
@@ -528,8 +579,11 @@ impl Session {
         {
             resume.seq = message.seq;
         }
+        if let Some(now) = message.control_time {
+            self.clock.set(now);
+        }
         if let Some(node) = &message.node {
-            self.standing = if is_expired(node, Utc::now()) {
+            self.mapped = if is_expired(node, self.clock.now()) {
                 Login::Expired
             } else if !node.machine_authorized {
                 Login::NeedsApproval
@@ -537,7 +591,7 @@ impl Session {
                 Login::Running
             };
         }
-        if self.standing == Login::NeedsApproval {
+        if self.mapped == Login::NeedsApproval {
             // Before the map, which looks like that of any member to those who wait for one.
             self.report(Login::NeedsApproval).await?;
         }
@@ -546,9 +600,9 @@ impl Session {
             first,
         };
         self.tell(event).await?;
-        match self.standing.clone() {
+        match self.mapped.clone() {
             Login::Expired => Err(Failure::Expired),
-            standing => self.report(standing).await,
+            mapped => self.report(mapped).await,
         }
     }
 
@@ -689,7 +743,8 @@ impl Updates {
         request
     }
 
-    async fn run(mut self) -> Infallible {
+    /// Returns when the server does not know us. Not all end the stream of a node that was deleted.
+    async fn run(mut self) -> Failure {
         let mut backoff = Backoff::default();
         loop {
             let request = self.request();
@@ -702,6 +757,7 @@ impl Updates {
                         std::future::pending::<()>().await;
                     }
                 }
+                Err(failure @ Failure::Unknown(_)) => return failure,
                 Err(failure) => {
                     warn!(?failure, "cannot tell the control server our endpoints");
                     backoff.wait().await;
@@ -821,11 +877,10 @@ impl Connection {
     }
 
     async fn update(&self, request: &MapRequest) -> Result<(), Failure> {
-        const PATH: &str = "/machine/map";
-        let response = self.post(PATH, request).await?;
+        let response = self.post(MAP, request).await?;
         match response.status() {
             StatusCode::OK => Ok(()),
-            _ => Err(unwelcome(PATH, response).await),
+            _ => Err(unwelcome(MAP, response).await),
         }
     }
 
@@ -900,7 +955,8 @@ fn authority(url: &Url) -> String {
 
 /// The failure that an unwelcome answer makes, minding when the server wants to be asked again.
 async fn unwelcome(path: &str, response: Response<Incoming>) -> Failure {
-    let limited = response.status() == StatusCode::TOO_MANY_REQUESTS;
+    let status = response.status();
+    let limited = status == StatusCode::TOO_MANY_REQUESTS;
     let asked = response.headers().get(header::RETRY_AFTER);
     let seconds = asked
         .and_then(|value| value.to_str().ok())
@@ -911,18 +967,19 @@ async fn unwelcome(path: &str, response: Response<Incoming>) -> Failure {
         _ => limited.then(|| Duration::from_secs(5).mul_f64(1.0 + rand::random::<f64>())),
     };
     let error = dial::refusal(path.into(), response).await.to_string();
+    if path == MAP && status.is_client_error() && !limited {
+        return Failure::Unknown(error);
+    }
     Failure::Retry { error, after }
 }
 
-/// Waits for a moment of the calendar; for ever where there is none.
-async fn moment(at: Option<DateTime<Utc>>) {
-    /// Timers do not run while a machine sleeps: look at the calendar now and then.
-    const LOOK: Duration = Duration::from_secs(60);
+/// Waits for a moment of the server's calendar; for ever where there is none.
+async fn moment(clock: Clock, at: Option<DateTime<Utc>>) {
     let Some(at) = at else {
         return std::future::pending().await;
     };
-    while let Ok(left) = (at - Utc::now()).to_std() {
-        sleep(left.min(LOOK)).await;
+    while let Ok(left) = (at - clock.now()).to_std() {
+        sleep(left).await;
     }
 }
 
@@ -998,6 +1055,7 @@ mod tests {
                 hostname: hostname.into(),
                 tags: Vec::new(),
                 ephemeral: false,
+                known: false,
                 tls: dial::tls_config(),
             };
             let (events_tx, events) = mpsc::channel(16);
@@ -1086,7 +1144,7 @@ mod tests {
         })
         .await;
 
-        b.handle.logout(PATIENCE).await;
+        b.handle.logout(PATIENCE).await.unwrap();
         a.until(|a| a.peer("b").is_none()).await;
         assert_eq!(server.nodes().len(), 1);
         assert_eq!(a.streams, 1);
@@ -1100,7 +1158,7 @@ mod tests {
         client
             .until(|c| matches!(c.login, Login::NeedsLogin { .. }))
             .await;
-        let Login::NeedsLogin { url } = &client.login else {
+        let Login::NeedsLogin { url, .. } = &client.login else {
             unreachable!()
         };
         server.approve(url.rsplit('/').next().unwrap()).unwrap();
@@ -1169,15 +1227,43 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_forgotten_node_joins_again() {
+    async fn a_deleted_node_says_so_and_waits_for_a_person() {
         let state = TempDir::new().unwrap();
         let server = server(&state).await;
         let mut client = Client::new(server.url(), "a", key(&server, false));
         client.running().await;
         let id = client.netmap.myself.id;
         server.delete_node(id).unwrap();
+        client
+            .until(|c| matches!(&c.login, Login::NeedsLogin { reason, .. } if reason.contains("deleted")))
+            .await;
+        let Login::NeedsLogin { url, .. } = &client.login else {
+            unreachable!()
+        };
+        server.approve(url.rsplit('/').next().unwrap()).unwrap();
         client.until(|c| c.netmap.myself.id != id).await;
         client.running().await;
+    }
+
+    #[tokio::test]
+    async fn a_node_that_an_expired_key_would_let_back_in_asks_a_person() {
+        let state = TempDir::new().unwrap();
+        let server = server(&state).await;
+        let once = Secret::new(server.create_key(KeySpec::default()).unwrap());
+        let mut client = Client::new(server.url(), "a", Some(once));
+        client.running().await;
+        let (old, address) = (client.keys.clone(), client.netmap.myself.addresses.clone());
+        server.expire_node(client.netmap.myself.id).unwrap();
+        client
+            .until(|c| matches!(&c.login, Login::NeedsLogin { reason, .. } if reason.contains("used up")))
+            .await;
+        let Login::NeedsLogin { url, .. } = &client.login else {
+            unreachable!()
+        };
+        server.approve(url.rsplit('/').next().unwrap()).unwrap();
+        client.running().await;
+        assert_ne!(client.keys.node, old.node);
+        assert_eq!(client.netmap.myself.addresses, address);
     }
 
     #[tokio::test]
@@ -1191,7 +1277,8 @@ mod tests {
             .until(|c| matches!(c.login, Login::Offline { .. }))
             .await;
         // A handle that cannot log out says so and lets go.
-        client.handle.logout(Duration::from_secs(1)).await;
+        let told = client.handle.logout(Duration::from_secs(1)).await;
+        told.unwrap_err();
     }
 
     #[test]

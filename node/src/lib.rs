@@ -4,15 +4,18 @@
 //! to its peers and moves packets until it is stopped or the device's network namespace dies.
 
 mod addresses;
+mod clock;
 mod control;
 mod derp;
 mod device;
 mod dial;
 mod dns;
 mod filter;
+mod neighbours;
 mod netcheck;
 mod netmap;
 mod node;
+mod offload;
 mod packet;
 mod path;
 mod router;
@@ -21,7 +24,9 @@ mod state;
 mod status;
 mod udp;
 
+pub use device::Offload;
 pub use dns::Zone;
+pub use neighbours::Neighbours;
 pub use node::{Config, Error, Identity, Node, Secret};
 pub use segment::Segment;
 pub use status::{Login, PeerPath, PeerStatus, Status};

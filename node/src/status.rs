@@ -39,6 +39,8 @@ pub enum Login {
     NeedsLogin {
         /// The page to open.
         url: String,
+        /// Why a node that had joined must join again; empty for one that never had.
+        reason: String,
     },
     /// An administrator must approve the node.
     NeedsApproval,
@@ -56,7 +58,7 @@ pub enum Login {
     },
     /// The node key has expired; the node needs a new login.
     Expired,
-    /// Logged out, or stopped.
+    /// Logged out, or stopped. It joins anew when it is started again.
     Stopped,
 }
 
@@ -83,6 +85,8 @@ pub struct PeerStatus {
 pub enum PeerPath {
     /// Nothing was sent lately.
     Idle,
+    /// Straight into its container, which the same daemon serves.
+    Local,
     /// Straight by UDP.
     Direct {
         /// The peer's address.

@@ -73,6 +73,12 @@ pub enum Request {
     },
     /// All containers with a node.
     Status,
+    /// Take the nodes of a container out of their tailnets; they stay in the list as stopped. The
+    /// container joins again when it is started again.
+    Logout {
+        /// The container's name, or the beginning of its id.
+        container: String,
+    },
 }
 
 /// The daemon's answer.
@@ -137,6 +143,12 @@ pub struct ContainerStatus {
     pub interface: String,
     /// The node.
     pub node: tailnode_node::Status,
+}
+
+/// Whether a person who writes `wanted` means this container: by its name, or by the beginning of
+/// its id.
+pub fn is_called(name: &str, id: &str, wanted: &str) -> bool {
+    name == wanted || (!wanted.is_empty() && id.starts_with(wanted))
 }
 
 /// Asks the daemon at `socket`, and waits for its answer for at most `timeout`. Blocks.

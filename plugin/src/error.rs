@@ -137,6 +137,13 @@ pub enum Error {
     #[error("the container was detached, or tailnoded stopped, while its node was starting")]
     Detached,
 
+    /// Nobody of that name.
+    #[error("no container called {container} has a node; `tailnode status` lists those that have")]
+    NoContainer {
+        /// What was given.
+        container: String,
+    },
+
     /// The node could not start or did not get ready.
     #[error(transparent)]
     Node(#[from] tailnode_node::Error),

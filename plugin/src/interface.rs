@@ -107,9 +107,10 @@ pub(crate) struct Device {
 
 impl Device {
     /// Sets the device up and keeps it so, until it is gone. `wanted` is asked anew, with the
-    /// device's number, whenever `peers` change.
+    /// device's number, whenever the node's `own` addresses or its `peers` change.
     pub(crate) async fn keep(
         &self,
+        mut own: watch::Receiver<Vec<IpAddr>>,
         mut peers: watch::Receiver<Vec<IpNet>>,
         wanted: impl Fn(u32) -> Interface,
     ) -> Result<(), Error> {
@@ -120,8 +121,9 @@ impl Device {
             Engine::Podman => {
                 let name = tailnode_tun::device_name(self.tun.as_fd())?;
                 match index_of(&name) {
-                    Some(index) if index > 0 => (index, &[100, 2000]),
-                    _ => return Ok(()),
+                    Some(0) => (0, &[]),
+                    Some(index) => (index, &[100, 2000]),
+                    None => return Ok(()),
                 }
             }
             // Docker may turn IPv6 off on the device, depending on its version even after it has
@@ -134,13 +136,16 @@ impl Device {
             .map(|&time| began + Duration::from_millis(time));
         let mut next = times.next();
         let mut begun = false;
+        own.mark_unchanged();
         loop {
             tokio::select! {
                 () = sleep_until(next.unwrap_or(began)), if next.is_some() => next = times.next(),
+                changed = own.changed() => if changed.is_err() {
+                    return Ok(());
+                },
                 changed = peers.changed(), if index > 0 && begun => if changed.is_err() {
                     return Ok(());
                 },
-                else => return Ok(()),
             }
             begun = true;
             let applied = self.apply(wanted(index)).await;

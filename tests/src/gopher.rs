@@ -1,4 +1,12 @@
-use std::{fs, net::IpAddr, ops::Deref, path::Path, process::Command, thread, time::Duration};
+use std::{
+    fs,
+    net::{IpAddr, SocketAddr},
+    ops::Deref,
+    path::Path,
+    process::Command,
+    thread,
+    time::Duration,
+};
 
 use serde_json::Value;
 use tempfile::TempDir;
@@ -37,7 +45,7 @@ impl Gopher {
         name: &str,
         environment: &[(&str, &str)],
     ) -> Result<Gopher, String> {
-        let mut gopher = Gopher::start(namespace, environment);
+        let mut gopher = Gopher::start(namespace, login_server, environment);
         let key = format!("--auth-key={key}");
         gopher.up(login_server, name, &[&key])?;
         gopher.learn_addresses()?;
@@ -51,7 +59,7 @@ impl Gopher {
         name: &str,
         open: impl FnOnce(&str),
     ) -> Result<Gopher, String> {
-        let mut gopher = Gopher::start(namespace, &[]);
+        let mut gopher = Gopher::start(namespace, login_server, &[]);
         thread::scope(|scope| {
             let up = scope.spawn(|| gopher.up(login_server, name, &[]));
             let mut page = String::new();
@@ -67,10 +75,28 @@ impl Gopher {
         Ok(gopher)
     }
 
-    fn start(namespace: Namespace, environment: &[(&str, &str)]) -> Gopher {
+    /// Joins again after its key has expired or it has logged out.
+    pub fn join_again(&self, login_server: &str, key: &str, name: &str) {
+        let key = format!("--auth-key={key}");
+        self.up(login_server, name, &["--force-reauth", &key])
+            .unwrap_or_else(|error| panic!("tailscale up: {error}"));
+    }
+
+    /// `tailscale logout`.
+    pub fn log_out(&self) {
+        self.tailscale(&["logout"])
+            .unwrap_or_else(|error| panic!("tailscale logout: {error}"));
+    }
+
+    fn start(namespace: Namespace, login_server: &str, environment: &[(&str, &str)]) -> Gopher {
         let directory = TempDir::new().expect("a directory for tailscaled");
+        let mut daemon = command(&namespace, &directory);
+        daemon.envs(environment.iter().copied());
+        if login_server.starts_with("http:") {
+            daemon.env("TS_DEBUG_USE_DERP_HTTP", "1");
+        }
         let gopher = Gopher {
-            _daemon: spawn(&namespace, &directory, environment),
+            _daemon: Process::spawn(daemon, directory.path().join("test.log")),
             namespace,
             addresses: Vec::new(),
             directory,
@@ -129,13 +155,59 @@ impl Gopher {
             .cloned()
     }
 
+    /// Code of the region where it is at home; empty: nowhere.
+    pub fn home_relay(&self) -> String {
+        let status = self.status().unwrap_or_default();
+        let code = status["Self"]["Relay"].as_str();
+        code.unwrap_or_default().to_owned()
+    }
+
+    /// What `tailscale status` shows to a person.
+    pub fn status_text(&self) -> String {
+        self.tailscale(&["status"]).unwrap_or_default()
+    }
+
+    /// What `tailscale netcheck` finds out about the network, as JSON.
+    pub fn netcheck(&self) -> Value {
+        let text = self
+            .tailscale(&["netcheck", "--format=json"])
+            .expect("tailscale netcheck");
+        serde_json::from_str(&text).unwrap_or_else(|error| panic!("{error}: {text}"))
+    }
+
+    /// What `tailscale debug derp` says of a region.
+    pub fn debug_derp(&self, region: &str) -> String {
+        self.tailscale(&["debug", "derp", region])
+            .expect("tailscale debug derp")
+    }
+
+    /// Where it may reach a peer by UDP, in the words of the control server.
+    pub fn endpoints_of(&self, name: &str) -> Vec<SocketAddr> {
+        let text = self.tailscale(&["debug", "netmap"]).unwrap_or_default();
+        let netmap: Value = serde_json::from_str(&text).unwrap_or_default();
+        let peers = netmap["Peers"].as_array().into_iter().flatten();
+        let endpoints = peers
+            .filter(|peer| {
+                let full = peer["Name"].as_str().unwrap_or_default();
+                full.split('.').next() == Some(name)
+            })
+            .filter_map(|peer| peer["Endpoints"].as_array())
+            .flatten();
+        endpoints
+            .map(|endpoint| {
+                let text = endpoint.as_str().unwrap_or_default();
+                text.parse().expect("an address and a port")
+            })
+            .collect()
+    }
+
     fn status(&self) -> Option<Value> {
         let text = self.tailscale(&["status", "--json"]).ok()?;
         serde_json::from_str(&text).ok()
     }
 
     fn tailscale(&self, words: &[&str]) -> Result<String, String> {
-        let mut command = Command::new(peer("tailscale"));
+        let mut command = self.namespace.command(peer("tailscale"));
         let socket = self.directory.path().join("tailscaled.sock");
         command.arg("--socket").arg(socket).args(words);
         ask(command)
@@ -151,7 +223,7 @@ impl Deref for Gopher {
     }
 }
 
-fn spawn(namespace: &Namespace, directory: &TempDir, environment: &[(&str, &str)]) -> Process {
+fn command(namespace: &Namespace, directory: &TempDir) -> Command {
     let path = directory.path();
     // It rewrites /etc/resolv.conf, and so has an /etc of its own.
     let etc = path.join("etc");
@@ -172,9 +244,6 @@ fn spawn(namespace: &Namespace, directory: &TempDir, environment: &[(&str, &str)
         .arg(path.join("state"))
         .arg("--socket")
         .arg(path.join("tailscaled.sock"))
-        .envs(environment.iter().copied())
-        .env("TS_LOGS_DIR", path)
-        // The relays of these tailnets speak plain HTTP.
-        .env("TS_DEBUG_USE_DERP_HTTP", "1");
-    Process::spawn(command, path.join("test.log"))
+        .env("TS_LOGS_DIR", path);
+    command
 }

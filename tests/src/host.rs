@@ -13,7 +13,7 @@ use tempfile::TempDir;
 
 use crate::{
     Container, NameServer, Namespace, Tailnet, Underlay, eventually,
-    program::{Process, is_empty, program},
+    program::{Process, ask, is_empty, program},
 };
 
 /// A machine that runs containers: a namespace with the daemon in it.
@@ -22,6 +22,7 @@ pub struct Host {
     daemon: Process,
     /// Its place on the underlay.
     pub namespace: Namespace,
+    arguments: Vec<&'static str>,
     directory: TempDir,
 }
 
@@ -37,8 +38,27 @@ impl Host {
         Host::start_in(underlay.host(), login_server, Some(key))
     }
 
+    /// The same, with further arguments for the daemon.
+    pub fn start_with(
+        underlay: &Underlay,
+        tailnet: &Tailnet,
+        key: &str,
+        arguments: &[&'static str],
+    ) -> Host {
+        Host::begin(underlay.host(), &tailnet.url(), Some(key), arguments)
+    }
+
     /// The same, with any machine; without a key, somebody must open the login page of each node.
     pub fn start_in(namespace: Namespace, login_server: &str, key: Option<&str>) -> Host {
+        Host::begin(namespace, login_server, key, &[])
+    }
+
+    fn begin(
+        namespace: Namespace,
+        login_server: &str,
+        key: Option<&str>,
+        arguments: &[&'static str],
+    ) -> Host {
         let directory = TempDir::new().expect("a directory for the daemon");
         let config = directory.path().join("config.toml");
         let auth_key = key.map_or_else(String::new, |key| {
@@ -47,8 +67,9 @@ impl Host {
         });
         let text = format!("login-server = \"{login_server}\"\n{auth_key}");
         fs::write(&config, text).expect("write the daemon's configuration");
-        let daemon = spawn(&namespace, directory.path());
+        let daemon = spawn(&namespace, directory.path(), arguments);
         let host = Host {
+            arguments: arguments.to_vec(),
             namespace,
             directory,
             daemon,
@@ -148,14 +169,23 @@ impl Host {
 
     /// The containers, as `tailnode status --json` tells them.
     pub fn status(&self) -> Vec<Value> {
-        let output = Command::new(program("tailnode"))
-            .args(["status", "--json"])
-            .env("TAILNODE_SOCKET", self.socket())
-            .output()
-            .expect("run tailnode");
-        let errors = String::from_utf8_lossy(&output.stderr);
-        assert!(output.status.success(), "tailnode status: {errors}");
-        serde_json::from_slice(&output.stdout).expect("the status as JSON")
+        let output = self.tailnode(&["status", "--json"]);
+        let output = output.unwrap_or_else(|error| panic!("tailnode status: {error}"));
+        serde_json::from_str(&output).expect("the status as JSON")
+    }
+
+    /// What `tailnode` says to these words, or its error.
+    pub fn tailnode(&self, words: &[&str]) -> Result<String, String> {
+        let mut command = Command::new(program("tailnode"));
+        command.args(words).env("TAILNODE_SOCKET", self.socket());
+        ask(command)
+    }
+
+    /// What `tailnode status` shows to a person.
+    pub fn status_text(&self) -> String {
+        let mut command = Command::new(program("tailnode"));
+        command.arg("status").env("TAILNODE_SOCKET", self.socket());
+        ask(command).expect("tailnode status")
     }
 
     /// What the daemon says of one container.
@@ -186,7 +216,7 @@ impl Host {
 
     /// Starts the daemon again, with its state of before.
     pub fn restart(&mut self) {
-        self.daemon = spawn(&self.namespace, self.directory.path());
+        self.daemon = spawn(&self.namespace, self.directory.path(), &self.arguments);
         self.wait_until_it_answers();
     }
 
@@ -217,7 +247,7 @@ impl Host {
     }
 }
 
-fn spawn(namespace: &Namespace, directory: &Path) -> Process {
+fn spawn(namespace: &Namespace, directory: &Path, arguments: &[&str]) -> Process {
     // It asks the underlay's name server, and never those of the machine that runs the tests.
     let resolv_conf = directory.join("resolv.conf");
     fs::write(&resolv_conf, NameServer::RESOLV_CONF).expect("write its resolv.conf");
@@ -227,7 +257,8 @@ fn spawn(namespace: &Namespace, directory: &Path) -> Process {
         .arg("mount --bind \"$1\" /etc/resolv.conf; shift; exec \"$@\"")
         .arg("sh")
         .arg(resolv_conf)
-        .arg(program("tailnoded"));
+        .arg(program("tailnoded"))
+        .args(arguments);
     for (flag, path) in [
         ("--config", "config.toml"),
         ("--state", "state"),

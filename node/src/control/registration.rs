@@ -9,9 +9,23 @@ use tailnode_wire::{
 
 use super::Secret;
 
+/// What the node is to the control server, as far as it knows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Standing {
+    /// It never joined. Whoever gave it an auth key expects no login page.
+    Stranger,
+    /// It joined before.
+    Member,
+    /// It joined before, and its key has expired since.
+    Expired,
+    /// It joined before, and the control server knows it no more.
+    Forgotten,
+}
+
 /// One attempt to join, from the first request to the last answer.
 #[derive(Debug)]
 pub struct Registration {
+    standing: Standing,
     /// The key to join with.
     node: NodeKeyPair,
     /// The key that it replaces.
@@ -47,19 +61,37 @@ pub enum Step {
 }
 
 impl Registration {
-    /// Begins. With `rotate`, the key is known to have expired and is replaced at once.
-    pub fn new(node: NodeKeyPair, has_auth_key: bool, rotate: bool) -> Self {
+    /// Begins. A key that is known to have expired is replaced at once. A node that was deleted
+    /// does not come back by its auth key: whoever deleted it wanted it gone.
+    pub fn new(node: NodeKeyPair, has_auth_key: bool, standing: Standing) -> Self {
         let mut new = Self {
+            standing,
             node,
             old: None,
-            present_key: has_auth_key,
+            present_key: has_auth_key && standing != Standing::Forgotten,
             key_refused: None,
             visit: None,
         };
-        if rotate {
+        if standing == Standing::Expired {
             new.rotate();
         }
         new
+    }
+
+    /// Why a node that had joined must join again; empty for one that never had.
+    pub fn reason(&self) -> String {
+        let mut reason = match self.standing {
+            Standing::Stranger | Standing::Member => String::new(),
+            Standing::Expired => "its key has expired".to_owned(),
+            Standing::Forgotten => "the control server knows it no more: it was deleted there, or \
+                the server lost its state"
+                .to_owned(),
+        };
+        if let Some(refusal) = &self.key_refused {
+            let and = if reason.is_empty() { "" } else { ", and " };
+            reason += &format!("{and}the auth key is of no more use: {refusal}");
+        }
+        reason
     }
 
     /// The page that a person is to visit; the server answers the next request when they have.
@@ -115,8 +147,11 @@ impl Registration {
             return Step::Again;
         }
         if !answer.auth_url.is_empty() {
-            // Whoever gave a key expects no page: that the key is wrong is what they must know.
-            if let Some(error) = self.key_refused.take() {
+            // Whoever gave a key expects no page: that the key is wrong is what they must know. But
+            // a node that runs already waits for a person rather than give up.
+            if self.standing == Standing::Stranger
+                && let Some(error) = self.key_refused.take()
+            {
                 return Step::Refused(error);
             }
             self.visit = Some(answer.auth_url.clone());
@@ -129,6 +164,7 @@ impl Registration {
     }
 
     fn rotate(&mut self) {
+        self.standing = Standing::Expired;
         self.old = Some(std::mem::replace(&mut self.node, NodeKeyPair::random()));
     }
 }
@@ -178,7 +214,7 @@ mod tests {
     #[test]
     fn a_key_opens_the_door() {
         let node = NodeKeyPair::random();
-        let mut registration = Registration::new(node.clone(), true, false);
+        let mut registration = Registration::new(node.clone(), true, Standing::Stranger);
         assert_eq!(request(&registration).auth.unwrap().auth_key, "tskey-test");
         assert_eq!(
             registration.answer(joined()),
@@ -191,7 +227,7 @@ mod tests {
 
     #[test]
     fn a_member_with_a_spent_key_stays_a_member() {
-        let mut registration = Registration::new(NodeKeyPair::random(), true, false);
+        let mut registration = Registration::new(NodeKeyPair::random(), true, Standing::Stranger);
         assert_eq!(registration.answer(error("key was used")), Step::Again);
         assert_eq!(request(&registration).auth, None);
         assert!(matches!(
@@ -203,7 +239,8 @@ mod tests {
     #[test]
     fn a_stranger_with_a_spent_key_is_told_of_the_key() {
         for second in [page("https://login"), error("unknown node")] {
-            let mut registration = Registration::new(NodeKeyPair::random(), true, false);
+            let mut registration =
+                Registration::new(NodeKeyPair::random(), true, Standing::Stranger);
             registration.answer(error("key was used"));
             assert_eq!(
                 registration.answer(second),
@@ -214,7 +251,7 @@ mod tests {
 
     #[test]
     fn a_person_logs_in() {
-        let mut registration = Registration::new(NodeKeyPair::random(), false, false);
+        let mut registration = Registration::new(NodeKeyPair::random(), false, Standing::Stranger);
         assert_eq!(registration.visit(), None);
         assert_eq!(
             registration.answer(page("https://a")),
@@ -234,7 +271,7 @@ mod tests {
     #[test]
     fn an_expired_key_is_replaced_once() {
         let old = NodeKeyPair::random();
-        let mut registration = Registration::new(old.clone(), true, false);
+        let mut registration = Registration::new(old.clone(), true, Standing::Member);
         assert_eq!(registration.answer(expired()), Step::Again);
         let next = request(&registration);
         assert_eq!(next.old_node_key, Some(old.public));
@@ -248,15 +285,44 @@ mod tests {
         };
         assert_eq!(node.public, next.node_key);
         assert_eq!(registration.answer(expired()), Step::Expired);
-        let known = Registration::new(old.clone(), true, true);
+        let known = Registration::new(old.clone(), true, Standing::Expired);
         assert_eq!(request(&known).old_node_key, Some(old.public));
+    }
+
+    #[test]
+    fn a_member_without_a_good_key_waits_for_a_person() {
+        for standing in [Standing::Member, Standing::Expired] {
+            let mut registration = Registration::new(NodeKeyPair::random(), true, standing);
+            assert_eq!(registration.answer(error("key was used")), Step::Again);
+            let step = registration.answer(page("https://a"));
+            assert_eq!(step, Step::Visit("https://a".into()));
+            assert!(registration.reason().ends_with("key was used"));
+        }
+    }
+
+    #[test]
+    fn a_deleted_node_does_not_use_its_key() {
+        let node = NodeKeyPair::random();
+        let mut registration = Registration::new(node.clone(), true, Standing::Forgotten);
+        assert_eq!(request(&registration).auth, None);
+        assert!(registration.reason().contains("deleted"));
+        let step = registration.answer(page("https://a"));
+        assert_eq!(step, Step::Visit("https://a".into()));
+        // Unless it was not deleted at all.
+        let rotated = false;
+        assert_eq!(
+            registration.answer(joined()),
+            Step::Joined { node, rotated }
+        );
     }
 
     proptest! {
         /// Whatever the server says, haste ends: only waiting for a person goes on for ever.
         #[test]
-        fn no_server_keeps_us_asking_in_haste(answers in proptest::collection::vec(0..4u8, 20), has_key: bool, rotate: bool) {
-            let mut registration = Registration::new(NodeKeyPair::random(), has_key, rotate);
+        fn no_server_keeps_us_asking_in_haste(answers in proptest::collection::vec(0..4u8, 20), has_key: bool, which in 0..4usize) {
+            use Standing::{Expired, Forgotten, Member, Stranger};
+            let standing = [Stranger, Member, Expired, Forgotten][which];
+            let mut registration = Registration::new(NodeKeyPair::random(), has_key, standing);
             let mut hasty = 0;
             for answer in answers {
                 let before = request(&registration);

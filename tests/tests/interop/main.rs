@@ -12,10 +12,12 @@
 mod bytes;
 mod direct;
 mod join;
+mod life;
 mod names;
 mod policy;
 mod relay;
 mod scene;
+mod wire;
 
 use std::{
     any::Any,
@@ -34,9 +36,11 @@ const GROUPS: &[&[Case]] = &[
     join::CASES,
     direct::CASES,
     relay::CASES,
+    wire::CASES,
     names::CASES,
     policy::CASES,
     bytes::CASES,
+    life::CASES,
 ];
 
 /// Cases that would begin later than this do not, and have failed.

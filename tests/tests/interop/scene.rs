@@ -2,14 +2,15 @@
 
 use std::{
     fmt,
-    net::{IpAddr, TcpStream, UdpSocket},
+    io::{Read, Write},
+    net::{IpAddr, Ipv4Addr, TcpStream, UdpSocket},
     ops::Deref,
     thread,
     time::Duration,
 };
 
 use serde_json::{Value, json};
-use tailnode_tests::{Headscale, Host, Tailnet, Testcontrol, eventually};
+use tailnode_tests::{Authority, Derper, Headscale, Host, Site, Tailnet, Testcontrol, eventually};
 
 pub use tailnode_tests::{
     Container, Delivery, Flow, Gopher, NameServer, Namespace, Underlay, Wire, noise,
@@ -52,18 +53,79 @@ pub enum Control {
 /// A server on the router of an underlay, and nobody there yet.
 pub struct Scene {
     pub control: Control,
+    /// The relay of the second region, where there is one.
+    pub relay: Option<Derper>,
+    /// Who has certified the server, where it speaks HTTPS.
+    authority: Option<Authority>,
     pub underlay: Underlay,
 }
 
 impl Scene {
     pub fn new(server: Server) -> Scene {
-        let underlay = Underlay::new();
-        let control = match server {
-            C => Control::Ours(Tailnet::start(&underlay, 8080, DOMAIN)),
-            H => Control::Headscale(Headscale::start(&underlay, DOMAIN)),
-            T => Control::Testcontrol(Testcontrol::start(&underlay, DOMAIN)),
+        Scene::start(server, Underlay::new(), Site::default(), None, None)
+    }
+
+    /// The server and its relay speak HTTPS, with certificates of a CA that only the machines of
+    /// the scene know.
+    pub fn secure(server: Server) -> Scene {
+        let authority = Authority::new();
+        let site = Site {
+            https: Some(authority.issue(Underlay::ROUTER)),
+            ..Site::default()
         };
-        Scene { control, underlay }
+        Scene::start(server, Underlay::new(), site, None, Some(authority))
+    }
+
+    /// Beside the server's own relay there is another, in a region of its own, [`SECOND`].
+    pub fn two_regions(server: Server) -> Scene {
+        Scene::with_second(server, None)
+    }
+
+    /// The same, and that relay has a certificate of a CA that nobody knows.
+    pub fn two_regions_one_untrusted(server: Server) -> Scene {
+        Scene::with_second(server, Some(&Authority::new()))
+    }
+
+    /// Nodes are let in by a person.
+    pub fn by_login(server: Server) -> Scene {
+        let site = Site {
+            by_login: true,
+            ..Site::default()
+        };
+        Scene::start(server, Underlay::new(), site, None, None)
+    }
+
+    fn with_second(server: Server, authority: Option<&Authority>) -> Scene {
+        let underlay = Underlay::new();
+        let relay = Derper::start(&underlay, Underlay::RELAY, authority);
+        let site = Site {
+            regions: vec![relay.region(2, SECOND)],
+            ..Site::default()
+        };
+        Scene::start(server, underlay, site, Some(relay), None)
+    }
+
+    fn start(
+        server: Server,
+        underlay: Underlay,
+        site: Site,
+        relay: Option<Derper>,
+        authority: Option<Authority>,
+    ) -> Scene {
+        let control = match server {
+            C => Control::Ours(Tailnet::start_as(&underlay, 8080, DOMAIN, site)),
+            H => Control::Headscale(Headscale::start(&underlay, DOMAIN, site)),
+            T => {
+                let authority = authority.as_ref();
+                Control::Testcontrol(Testcontrol::start(&underlay, DOMAIN, site, authority))
+            }
+        };
+        Scene {
+            control,
+            relay,
+            authority,
+            underlay,
+        }
     }
 
     pub fn url(&self) -> String {
@@ -97,12 +159,12 @@ impl Scene {
         }
     }
 
-    /// Calls the node of this name otherwise.
-    pub fn rename(&self, name: &str, to: &str) {
+    /// Ends all auth keys.
+    pub fn revoke_keys(&self) {
         match &self.control {
-            Control::Ours(server) => server.rename(name, to),
-            Control::Headscale(server) => server.rename(name, to),
-            Control::Testcontrol(server) => server.rename(&self.underlay, name, to),
+            Control::Ours(server) => server.revoke_keys(),
+            Control::Headscale(server) => server.revoke_keys(),
+            Control::Testcontrol(_) => panic!("testcontrol has one key for ever"),
         }
     }
 
@@ -111,7 +173,7 @@ impl Scene {
         match &self.control {
             Control::Ours(server) => server.approve(page),
             Control::Headscale(server) => server.approve(page),
-            Control::Testcontrol(_) => panic!("testcontrol has no login page"),
+            Control::Testcontrol(server) => server.approve(&self.underlay, page),
         }
     }
 
@@ -133,9 +195,100 @@ impl Scene {
         }
     }
 
+    /// Makes a node log in again.
+    pub fn expire(&self, name: &str) {
+        match &self.control {
+            Control::Ours(server) => server.expire(name),
+            Control::Headscale(server) => server.expire(name, None),
+            Control::Testcontrol(_) => {
+                self.administer(&format!("expire?node={name}"), "");
+            }
+        }
+    }
+
+    /// Forgets a node.
+    pub fn delete(&self, name: &str) {
+        match &self.control {
+            Control::Ours(server) => server.delete(name),
+            Control::Headscale(server) => server.delete(name),
+            Control::Testcontrol(_) => panic!("testcontrol forgets no node"),
+        }
+    }
+
+    /// Calls a node otherwise.
+    pub fn rename(&self, name: &str, new: &str) {
+        match &self.control {
+            Control::Ours(server) => server.rename(name, new),
+            Control::Headscale(server) => server.rename(name, new),
+            Control::Testcontrol(_) => {
+                self.administer(&format!("rename?node={name}&name={new}"), "");
+            }
+        }
+    }
+
+    /// Ends the server; its relay goes with it.
+    pub fn stop_server(&mut self) {
+        match &mut self.control {
+            Control::Ours(server) => server.stop(),
+            Control::Headscale(server) => server.stop(),
+            Control::Testcontrol(_) => panic!("testcontrol would lose its state"),
+        }
+    }
+
+    pub fn restart_server(&mut self) {
+        match &mut self.control {
+            Control::Ours(server) => server.restart(&self.underlay),
+            Control::Headscale(server) => server.restart(&self.underlay),
+            Control::Testcontrol(_) => panic!("testcontrol would lose its state"),
+        }
+    }
+
+    /// Does what only testcontrol can: see integration/peers/testcontrol/admin.go.
+    pub fn administer(&self, what: &str, body: &str) -> String {
+        let Control::Testcontrol(server) = &self.control else {
+            panic!("only testcontrol can {what}");
+        };
+        let answer = server.administer(&self.underlay, what, body);
+        answer.unwrap_or_else(|error| panic!("{what}: {error}"))
+    }
+
     /// A machine on a link of its own, seen by all others.
     pub fn host(&self) -> Namespace {
-        self.underlay.host()
+        let mut host = self.underlay.host();
+        if let Some(authority) = &self.authority {
+            host.trust(authority);
+        }
+        host
+    }
+
+    /// A machine to which the relay at this address seems far away.
+    pub fn host_far_from(&self, relay: Ipv4Addr) -> Namespace {
+        let host = self.host();
+        host.far_from(relay);
+        host
+    }
+
+    /// Code of the server's own region.
+    pub fn first(&self) -> &'static str {
+        match self.control {
+            Control::Ours(_) => "tailnode",
+            Control::Headscale(_) => "headscale",
+            Control::Testcontrol(_) => "test",
+        }
+    }
+
+    /// Restarts the server's own relay, and with it the server, where they are one program.
+    pub fn restart_relay(&mut self) {
+        match &mut self.control {
+            Control::Testcontrol(server) => {
+                server.relay.kill();
+                server.relay.restart(&self.underlay);
+            }
+            _ => {
+                self.stop_server();
+                self.restart_server();
+            }
+        }
     }
 
     pub fn ours(&self, name: &str, key: &str, machine: Namespace) -> Ours {
@@ -185,17 +338,68 @@ impl Ours {
         })
     }
 
+    /// Its node, as `tailnode status` tells it; `null` where there is none.
+    pub fn node(&self) -> Value {
+        let status = self.host.status_of(&self.container).unwrap_or_default();
+        status["node"].clone()
+    }
+
+    /// How it stands with the control server: `running` and so on.
+    pub fn state(&self) -> String {
+        let state = &self.node()["login"]["state"];
+        state.as_str().unwrap_or_default().to_owned()
+    }
+
+    /// The addresses of its node now.
+    pub fn addresses_now(&self) -> Vec<IpAddr> {
+        serde_json::from_value(self.node()["addresses"].clone()).unwrap_or_default()
+    }
+
+    /// The login page that it waits for somebody to open, once it gives this reason.
+    pub fn page(&self, reason: &str) -> String {
+        let mut login = Value::Null;
+        // Headscale does not tell a node that it was deleted; the node hears so when it next tells
+        // of its network, which an idle one does every two minutes.
+        within(150, &format!("a login is needed because {reason}"), || {
+            login = self.node()["login"].clone();
+            login["state"] == "needs-login"
+                && login["reason"]
+                    .as_str()
+                    .is_some_and(|it| it.contains(reason))
+        });
+        login["url"].as_str().unwrap().to_owned()
+    }
+
+    /// The container is stopped and started again.
+    pub fn restarted(self) -> Result<Ours, String> {
+        self.host.detach(&self.container)?;
+        Ours::attach(self.host, self.container.started_again())
+    }
+
+    /// Code of the region where it is at home; empty: nowhere.
+    pub fn home_relay(&self) -> String {
+        let node = self.node();
+        node["home_relay"].as_str().unwrap_or_default().to_owned()
+    }
+
     /// How it sends to the peer of this name, in the words of its status; empty: it knows none.
     pub fn path_to(&self, peer: &str) -> String {
-        let status = self.host.status_of(&self.container).unwrap_or_default();
+        let path = self.path(peer);
+        path["via"].as_str().unwrap_or_default().to_owned()
+    }
+
+    /// Code of the region that it sends to the peer of this name by; empty: none.
+    pub fn relay_to(&self, peer: &str) -> String {
+        let path = self.path(peer);
+        path["region"].as_str().unwrap_or_default().to_owned()
+    }
+
+    fn path(&self, peer: &str) -> Value {
         let full = format!("{peer}.{DOMAIN}");
-        let peers = status["node"]["peers"].as_array();
-        let found = peers
-            .into_iter()
-            .flatten()
-            .find(|status| status["name"] == *full);
-        let via = found.and_then(|peer| peer["path"]["via"].as_str());
-        via.unwrap_or_default().to_owned()
+        let node = self.node();
+        let mut peers = node["peers"].as_array().into_iter().flatten();
+        let found = peers.find(|status| status["name"] == *full);
+        found.map_or(Value::Null, |peer| peer["path"].clone())
     }
 }
 
@@ -209,6 +413,8 @@ impl Deref for Ours {
 }
 
 pub const DOMAIN: &str = "demo.internal";
+/// Code of the region of [`Scene::relay`].
+pub const SECOND: &str = "second";
 pub const MAGIC_DNS: &str = "100.100.100.100:53";
 
 /// One ping passes, after some time for news of the peer to arrive.
@@ -304,6 +510,33 @@ pub fn stops(flow: &Flow, seconds: u64) {
         thread::sleep(Duration::from_secs(1));
         flow.returned() == before
     });
+}
+
+/// A connection by TCP to an echo, which lasts.
+pub struct Talk(TcpStream);
+
+impl Talk {
+    pub fn begin(from: &Namespace, to: &Namespace, address: IpAddr) -> Talk {
+        const PORT: u16 = 8100;
+        to.echo(PORT).unwrap();
+        let patience = Duration::from_secs(30);
+        let connect = || TcpStream::connect_timeout(&(address, PORT).into(), patience);
+        let stream = from.run(connect).unwrap();
+        stream.set_read_timeout(Some(patience)).unwrap();
+        stream.set_write_timeout(Some(patience)).unwrap();
+        Talk(stream)
+    }
+
+    /// So many bytes go there and come back as they were.
+    pub fn goes_on(&mut self, count: usize) {
+        let bytes: Vec<u8> = (0..count).map(|number| (number % 251) as u8).collect();
+        for part in bytes.chunks(16 << 10) {
+            self.0.write_all(part).expect("the connection goes on");
+            let mut answer = vec![0; part.len()];
+            self.0.read_exact(&mut answer).expect("the echo goes on");
+            assert!(answer == part, "other bytes came back");
+        }
+    }
 }
 
 pub fn within(seconds: u64, what: &str, is_so: impl FnMut() -> bool) {

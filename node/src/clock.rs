@@ -1,0 +1,56 @@
+//! The time of day as the control server has it.
+
+use std::time::Instant;
+
+use chrono::{DateTime, TimeDelta, Utc};
+
+/// A calendar that counts on from what the control server said last.
+///
+/// Keys expire by the server's calendar (ipnlocal/expiry.go), and the host's may be wrong or be
+/// set at any time: so this one goes by the monotonic clock. It stands still while the host
+/// sleeps, until the server speaks again. Before the server has spoken it is the host's.
+#[derive(Clone, Copy, Debug)]
+pub struct Clock {
+    said: DateTime<Utc>,
+    heard: Instant,
+}
+
+impl Clock {
+    /// The host's.
+    pub fn of_host() -> Self {
+        Self {
+            said: Utc::now(),
+            heard: Instant::now(),
+        }
+    }
+
+    /// The server says that it is so late now.
+    pub fn set(&mut self, said: DateTime<Utc>) {
+        *self = Self {
+            said,
+            heard: Instant::now(),
+        };
+    }
+
+    /// How late it is.
+    pub fn now(&self) -> DateTime<Utc> {
+        let since = TimeDelta::from_std(self.heard.elapsed()).unwrap_or(TimeDelta::MAX);
+        self.said.checked_add_signed(since).unwrap_or(self.said)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_servers_word_counts() {
+        let mut clock = Clock::of_host();
+        assert!((clock.now() - Utc::now()).abs() < TimeDelta::minutes(1));
+        for said in [DateTime::UNIX_EPOCH, DateTime::<Utc>::MAX_UTC] {
+            clock.set(said);
+            let late = clock.now() - said;
+            assert!(late >= TimeDelta::zero() && late < TimeDelta::minutes(1));
+        }
+    }
+}
