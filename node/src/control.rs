@@ -151,6 +151,7 @@ pub enum Event {
 #[derive(Debug)]
 pub struct Handle {
     advertised: watch::Sender<Advertised>,
+    moved: watch::Sender<()>,
     /// Carries who waits for the logout.
     logout: oneshot::Sender<oneshot::Sender<Result<(), String>>>,
     task: AbortOnDropHandle<()>,
@@ -167,6 +168,12 @@ impl Handle {
         });
     }
 
+    /// The host's way to the Internet changed: connects anew, since nothing would tell for a minute
+    /// that the connection leads nowhere.
+    pub fn moved(&self) {
+        self.moved.send_replace(());
+    }
+
     /// Ends the session and tells the control server to forget us.
     ///
     /// # Errors
@@ -174,6 +181,7 @@ impl Handle {
     pub async fn logout(self, within: Duration) -> Result<(), String> {
         let Self {
             advertised: _open,
+            moved: _,
             logout,
             task,
         } = self;
@@ -200,6 +208,7 @@ impl Handle {
 /// Starts a session. It ends with its handle, or when nobody takes its events.
 pub fn spawn(config: Config, keys: Keys, events: mpsc::Sender<Event>) -> Handle {
     let (advertised_tx, advertised) = watch::channel(Advertised::default());
+    let (moved_tx, moved) = watch::channel(());
     let (logout_tx, logout) = oneshot::channel::<oneshot::Sender<Result<(), String>>>();
     let hostinfo = hostinfo(&config);
     let span = tracing::info_span!("control", hostname = config.hostname);
@@ -215,6 +224,7 @@ pub fn spawn(config: Config, keys: Keys, events: mpsc::Sender<Event>) -> Handle 
         keys,
         events,
         advertised,
+        moved,
         connection: None,
         login: Login::Starting,
         mapped: Login::Running,
@@ -250,6 +260,7 @@ pub fn spawn(config: Config, keys: Keys, events: mpsc::Sender<Event>) -> Handle 
     );
     Handle {
         advertised: advertised_tx,
+        moved: moved_tx,
         logout: logout_tx,
         task: AbortOnDropHandle::new(task),
     }
@@ -309,6 +320,7 @@ struct Session {
     keys: Keys,
     events: mpsc::Sender<Event>,
     advertised: watch::Receiver<Advertised>,
+    moved: watch::Receiver<()>,
     connection: Option<Connection>,
     /// What was last reported.
     login: Login,
@@ -401,6 +413,7 @@ impl Session {
 
     /// Connects, joins and follows the map. `live` is set when the map stands.
     async fn attempt(&mut self, live: &mut Option<Instant>) -> Result<Infallible, Failure> {
+        self.moved.mark_unchanged();
         let connection = Connection::open(&self.config, &self.keys).await?;
         self.connection = Some(connection.clone());
         if !self.registered {
@@ -533,6 +546,7 @@ impl Session {
                     },
                 },
                 failure = &mut updates => return Err(failure),
+                Ok(()) = self.moved.changed() => return Err(retry("the host has moved")),
                 Some(ping) = pings.join_next() => if let Err(error) = ping {
                     debug!(%error, "answering a ping failed");
                 },

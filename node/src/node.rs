@@ -26,6 +26,7 @@ use url::Url;
 
 pub use crate::control::Secret;
 use crate::{
+    addresses::{Addresses, Watch},
     clock::{Clock, Latest},
     control, derp,
     device::{Closed, Device, Offload, PACKET_ROOM},
@@ -53,10 +54,14 @@ const TURN_BYTES: usize = 256 * 1024;
 const FLUSH: usize = 128 * 1024;
 /// How often endpoints are looked up while packets flow; NATs forget after 30 s (RFC 4787).
 const CHECK_BUSY: Duration = Duration::from_secs(25);
+/// How often at most when a path is lost: the NAT may have changed.
+const CHECK_LOST: Duration = Duration::from_secs(3);
 /// How often while they do not.
 const CHECK_IDLE: Duration = Duration::from_secs(120);
 /// How soon the answers of a round are looked at.
 const CHECK_POLL: Duration = Duration::from_millis(200);
+/// How soon after a change of the host's addresses they are looked at: changes come in a row.
+const SETTLE: Duration = Duration::from_millis(100);
 /// How soon after a packet the timers of a session that it may have begun are looked at.
 const FIRST_TICK: Duration = Duration::from_millis(50);
 /// How long a live map is waited for where a saved one would do.
@@ -282,6 +287,7 @@ impl Node {
             config.offload != Offload::None,
         )
         .map_err(kernel("open a UDP socket"))?;
+        let watch = Watch::open().map_err(kernel("watch the host's addresses"))?;
 
         let lock = saved
             .as_ref()
@@ -338,6 +344,7 @@ impl Node {
             neighbours: config.neighbours,
             door,
             udp,
+            watch,
             netcheck: Netcheck::default(),
             report: Report::default(),
             next_check: Instant::now(),
@@ -346,7 +353,7 @@ impl Node {
             targets_tx,
             nearest_tx,
             asked_nearest: false,
-            local: Vec::new(),
+            local: Addresses::default(),
             relays,
             session: Some(session),
             clock: Clock::of_host(),
@@ -551,6 +558,7 @@ struct Task {
     /// By which neighbours find the door; another one with each key.
     presence: Presence,
     udp: Udp,
+    watch: Watch,
     netcheck: Netcheck,
     report: Report,
     next_check: Instant,
@@ -561,7 +569,7 @@ struct Task {
     nearest_tx: mpsc::Sender<RegionId>,
     asked_nearest: bool,
     /// The host's addresses when they were last looked at.
-    local: Vec<IpAddr>,
+    local: Addresses,
     relays: derp::Relays,
     /// `None`: logged out.
     session: Option<control::Handle>,
@@ -611,6 +619,10 @@ impl Task {
                     Ok(()) => self.serve_udp(),
                     Err(error) => Err(Closed::Failed(error)),
                 },
+                changed = self.watch.changed() => {
+                    self.next_check = self.next_check.min(Instant::now() + SETTLE);
+                    changed.map_err(Closed::Failed)
+                }
                 Some(first) = inputs.incoming.recv() => self.serve_relays(first, &mut inputs.incoming),
                 Some(packet) = inputs.replies.recv() => self.door.device.send(&packet),
                 Some(question) = inputs.questions.recv() => self.serve_resolver(&question),
@@ -947,7 +959,11 @@ impl Task {
                 self.flush(out, joiner)
             })?;
             // Peers are about to look for a path: stale endpoints would not open our NAT.
-            if self.next_tick.is_some() && self.checked_at.is_none_or(|at| now >= at + CHECK_BUSY) {
+            let stale = |age| self.checked_at.is_none_or(|at| now >= at + age);
+            if self.door.router().has_lost_a_path() && stale(CHECK_LOST) {
+                self.checked_at = None;
+                self.next_check = now;
+            } else if self.next_tick.is_some() && stale(CHECK_BUSY) {
                 self.next_check = now;
             }
         }
@@ -971,17 +987,21 @@ impl Task {
             let live = self.known.borrow().live;
             self.take_changes(&changes, live);
         }
-        let local = local_addresses();
+        let local = Addresses::look();
         if self.local != local {
-            if !self.local.is_empty() {
+            if !self.local.all.is_empty() {
                 info!("the host's addresses changed");
             }
-            // With more addresses, such as a bridge for containers, all paths are as good as before.
-            if self.local.iter().any(|ip| !local.contains(ip)) {
+            if local.is_a_move_from(&self.local) {
                 self.netcheck.reset();
                 self.door.router().reset_paths();
-                self.relays.set_addresses(&local);
+                self.relays.set_addresses(&local.all);
                 self.asked_nearest = false;
+            }
+            if local.goes_another_way_than(&self.local) {
+                if let Some(session) = &self.session {
+                    session.moved();
+                }
             }
             self.checked_at = None;
             self.local = local;
@@ -1035,7 +1055,7 @@ impl Task {
             .iter()
             .map(|address| (*address, EndpointType::Stun))
             .collect();
-        for ip in &self.local {
+        for ip in &self.local.all {
             let endpoint = SocketAddr::new(*ip, port);
             if endpoints.iter().all(|(known, _)| *known != endpoint) {
                 endpoints.push((endpoint, EndpointType::Local));
@@ -1334,43 +1354,6 @@ async fn stun_targets(map: DerpMap, to: mpsc::Sender<Vec<Target>>) {
     }
     // The node may have stopped meanwhile.
     let _ = to.send(targets).await;
-}
-
-/// The host's addresses that peers may reach; loopback only where there is nothing else.
-fn local_addresses() -> Vec<IpAddr> {
-    let interfaces = match nix::ifaddrs::getifaddrs() {
-        Ok(interfaces) => interfaces,
-        Err(error) => {
-            warn!(%error, "cannot list the host's addresses");
-            return Vec::new();
-        }
-    };
-    let all: Vec<IpAddr> = interfaces
-        .filter_map(|interface| {
-            let address = interface.address?;
-            match (address.as_sockaddr_in(), address.as_sockaddr_in6()) {
-                (Some(v4), _) => Some(IpAddr::V4(v4.ip())),
-                (_, Some(v6)) => Some(IpAddr::V6(v6.ip())),
-                _ => None,
-            }
-        })
-        .filter(|ip| match ip {
-            IpAddr::V4(v4) => !v4.is_link_local() && !v4.is_unspecified(),
-            IpAddr::V6(v6) => !v6.is_unicast_link_local() && !v6.is_unspecified(),
-        })
-        // An address of another node on this host is a way through a tailnet, not to this node.
-        .filter(|ip| !is_tailnet(*ip))
-        .collect();
-    let (loopback, others): (Vec<_>, Vec<_>) = all.into_iter().partition(IpAddr::is_loopback);
-    if others.is_empty() { loopback } else { others }
-}
-
-/// Whether the address is from the ranges of tailnets (net/tsaddr/tsaddr.go).
-fn is_tailnet(ip: IpAddr) -> bool {
-    match ip {
-        IpAddr::V4(v4) => v4.octets()[0] == 100 && v4.octets()[1] & 0xc0 == 64,
-        IpAddr::V6(v6) => v6.segments()[..3] == [0xfd7a, 0x115c, 0xa1e0],
-    }
 }
 
 #[cfg(test)]

@@ -240,6 +240,7 @@ pub struct Router {
     endpoints: Vec<SocketAddr>,
     /// Regions of the map whose relays are not known to be out of reach.
     relays: BTreeSet<RegionId>,
+    lost_a_path: bool,
     // Memory that is kept from packet to packet.
     actions: Vec<Action>,
     sealed: Vec<Range<usize>>,
@@ -315,6 +316,7 @@ impl Router {
             filter: Filter::default(),
             endpoints: Vec::new(),
             relays: BTreeSet::new(),
+            lost_a_path: false,
             actions: Vec::new(),
             sealed: Vec::new(),
             scratch: Vec::new(),
@@ -391,7 +393,18 @@ impl Router {
 
     /// Our own addresses, as peers are told when they are called.
     pub fn set_endpoints(&mut self, endpoints: Vec<SocketAddr>) {
+        if self.endpoints == endpoints {
+            return;
+        }
         self.endpoints = endpoints;
+        for (_, peer) in &mut self.peers {
+            peer.path.moved();
+        }
+    }
+
+    /// Whether an address in use has stopped answering since this was asked last.
+    pub fn has_lost_a_path(&mut self) -> bool {
+        std::mem::take(&mut self.lost_a_path)
     }
 
     /// Our own network changed: what was measured is void.
@@ -971,6 +984,7 @@ impl Router {
                     out.put(relay, &pair.seal(&call));
                 }
                 (Action::CallMeMaybe, _) => {}
+                (Action::LookAround, _) => self.lost_a_path = true,
             }
         }
     }

@@ -145,13 +145,11 @@ impl Udp {
         };
         if contents.len() > segment && !self.single.load(Ordering::Relaxed) {
             match self.transmit(to, contents, Some(segment)) {
+                // The way to this address is too small for the datagrams: alone, they may go as
+                // fragments.
+                Err(error) if error.raw_os_error() == Some(libc::EMSGSIZE) => {}
                 // What a kernel or a card says that cannot split a train.
-                Err(error)
-                    if matches!(
-                        error.raw_os_error(),
-                        Some(libc::EIO | libc::EINVAL | libc::EMSGSIZE)
-                    ) =>
-                {
+                Err(error) if matches!(error.raw_os_error(), Some(libc::EIO | libc::EINVAL)) => {
                     if !self.single.swap(true, Ordering::Relaxed) {
                         info!(%error, "UDP segmentation offload does not work here: sending one by one");
                     }
@@ -249,9 +247,10 @@ fn enlarge_buffers(socket: &Socket) {
 }
 
 /// quinn-udp forbids fragments, for QUIC finds the path's MTU itself. WireGuard does not: on a path
-/// too small for a full packet, fragments are better than silence. WANT is what any socket has.
+/// too small for a full packet, fragments are better than silence. Routers make them of IPv4, as of
+/// the kernel's own WireGuard; of IPv6 only the sender can, once it has heard of the path's MTU.
 fn allow_fragments(socket: &Socket, dual: bool) -> io::Result<()> {
-    set_ip_mtu_discover(socket, Ipv4PathMtuDiscovery::WANT)?;
+    set_ip_mtu_discover(socket, Ipv4PathMtuDiscovery::DONT)?;
     if dual {
         set_ipv6_mtu_discover(socket, Ipv6PathMtuDiscovery::WANT)?;
     }

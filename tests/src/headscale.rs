@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use crate::{
-    Site, Underlay, eventually,
+    NameServer, Site, Underlay, eventually,
     program::{Process, ask, peer},
 };
 
@@ -182,7 +182,12 @@ fn configuration(directory: &Path, domain: &str, site: &Site) -> String {
         "policy": { "mode": "database" },
         "dns": {
             "magic_dns": true, "base_domain": domain, "override_local_dns": false,
-            "nameservers": { "global": [] },
+            "nameservers": {
+                "global": [], "split": { NameServer::OFFICE_ZONE: [NameServer::OFFICE] },
+            },
+            "extra_records": [
+                { "name": format!("wiki.{domain}"), "type": "A", "value": NameServer::WIKI },
+            ],
         },
         "derp": {
             "urls": [], "paths": [directory.join("derp.yaml")], "auto_update_enabled": false,

@@ -9,6 +9,7 @@
     reason = "a case reports by panicking, and not only in its own body"
 )]
 
+mod bytes;
 mod direct;
 mod join;
 mod life;
@@ -41,6 +42,7 @@ const GROUPS: &[&[Case]] = &[
     names::CASES,
     policy::CASES,
     routes::CASES,
+    bytes::CASES,
     life::CASES,
     lock::CASES,
 ];

@@ -5,6 +5,7 @@ use std::{
     io::{Read, Write},
     net::{IpAddr, Ipv4Addr, TcpStream, UdpSocket},
     ops::Deref,
+    thread,
     time::Duration,
 };
 
@@ -12,7 +13,8 @@ use serde_json::{Value, json};
 use tailnode_tests::{Authority, Derper, Headscale, Site, Tailnet, Testcontrol, eventually};
 
 pub use tailnode_tests::{
-    Container, Crowd, Gopher, Host, Mischief, Namespace, Proxy, Underlay, WallClock,
+    Container, Crowd, Delivery, Flow, Gopher, Host, Mischief, NameServer, Namespace, Proxy,
+    Underlay, WallClock, Wire, noise,
 };
 
 /// A case with the servers that it is true under.
@@ -181,7 +183,12 @@ impl Scene {
         let rules = allowed
             .iter()
             .map(|(src, dst)| json!({ "action": "accept", "src": [src], "dst": [dst] }));
-        let policy = json!({ "acls": rules.collect::<Vec<_>>() }).to_string();
+        self.enforce(&json!({ "acls": rules.collect::<Vec<_>>() }));
+    }
+
+    /// Replaces the policy by this one, a file of Tailscale's form.
+    pub fn enforce(&self, policy: &Value) {
+        let policy = policy.to_string();
         match &self.control {
             Control::Ours(server) => server.set_policy(&policy),
             Control::Headscale(server) => server.set_policy(&policy),
@@ -506,12 +513,36 @@ pub fn same_bytes(web: &Ours, gopher: &Gopher, count: u32) {
 
 pub fn exchange(from: &Namespace, to: &Namespace, address: IpAddr, count: u32) {
     const PORT: u16 = 8000;
-    let bytes: Vec<u8> = (0..count).map(|number| (number % 251) as u8).collect();
+    let bytes = noise(1, count as usize);
     to.echo(PORT).unwrap();
     let answer = from
         .send((address, PORT).into(), &bytes)
         .unwrap_or_else(|error| panic!("{count} bytes to {address}: {error}"));
     assert!(answer == bytes, "{address} returned other bytes");
+}
+
+/// A stream from here to there and back that lasts until it is dropped; it has begun to flow.
+pub fn flow(from: &Namespace, to: &Namespace, address: IpAddr, port: u16) -> Flow {
+    to.echo(port).unwrap();
+    let flow = from.flow((address, port).into()).unwrap();
+    flows(&flow, 10);
+    flow
+}
+
+/// More bytes of the stream return within so many seconds.
+pub fn flows(flow: &Flow, seconds: u64) {
+    // More than what may be under way already.
+    let enough = flow.returned() + 1_000_000;
+    within(seconds, "bytes flow", || flow.returned() > enough);
+}
+
+/// No bytes of the stream return any more, within so many seconds.
+pub fn stops(flow: &Flow, seconds: u64) {
+    within(seconds, "no bytes flow", || {
+        let before = flow.returned();
+        thread::sleep(Duration::from_secs(1));
+        flow.returned() == before
+    });
 }
 
 /// A connection by TCP to an echo, which lasts.
