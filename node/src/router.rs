@@ -445,16 +445,19 @@ impl Router {
     }
 
     fn leave(&mut self, slot: usize, packet: &Packet<'_>, now: Instant) -> Taken {
-        // Nodes talk among themselves by it, and peers believe it.
-        if packet.protocol() == protocol::TSMP || !self.may_leave(packet, now) {
+        if !self.may_leave(packet, now) {
             return Taken::Dropped;
         }
         self.peers[slot].tx_bytes += packet.bytes().len() as u64;
         Taken::ForPeer(slot)
     }
 
-    /// Whether policy lets the container send a packet that takes another way than the tunnel.
+    /// Whether the container may send a packet, also by another way than the tunnel.
     pub fn may_leave(&mut self, packet: &Packet<'_>, now: Instant) -> bool {
+        // Nodes talk among themselves by it, and peers believe it.
+        if packet.protocol() == protocol::TSMP {
+            return false;
+        }
         let verdict = self.filter.outbound(packet, now);
         if let Verdict::Drop(reason) = verdict {
             trace!(?reason, dst = %packet.dst(), "dropped an outgoing packet");
@@ -1657,6 +1660,47 @@ mod tests {
         let question = packet::udp(SocketAddr::new(us, 5000), server, b"").unwrap();
         let question = Packet::parse(&question).unwrap();
         assert_eq!(router.question(&question, world.now), Taken::ForPeer(0));
+    }
+
+    #[test]
+    fn neighbours_bring_what_a_tunnel_would_and_no_more() {
+        let mut world = World::new(true, |_| allow_all());
+        world.hosts[1].router.prefer(Preferences {
+            accept: true,
+            advertise: vec!["10.2.0.0/24".parse().unwrap()],
+            ..Preferences::default()
+        });
+        let mut gateway = world.node(0);
+        let behind = "10.1.0.0/24".parse().unwrap();
+        gateway.allowed_ips = Some([&*gateway.addresses, &[behind]].concat());
+        let key = gateway.key;
+        let netmap = Netmap {
+            myself: world.node(1),
+            peers: [(0, gateway)].into(),
+            filters: BTreeMap::from([("base".to_owned(), allow_all())]),
+            ..Netmap::default()
+        };
+        let (peer, us) = (world.hosts[0].ip, world.hosts[1].ip);
+        let router = &mut world.hosts[1].router;
+        router.update(&netmap, &Changes::everything(), world.now);
+        let mut enters = |key: &NodePublicKey, src: IpAddr, dst: IpAddr| {
+            let (from, to) = (SocketAddr::new(src, 5), SocketAddr::new(dst, 6));
+            let bytes = packet::udp(from, to, b"").unwrap();
+            router.enter(key, &Packet::parse(&bytes).unwrap(), 1, world.now)
+        };
+        let [theirs, ours, nobodys] = [1, 2, 3].map(|net| IpAddr::from([10, net, 0, 9]));
+        for (src, dst, expected) in [
+            (peer, us, true),
+            (theirs, us, true),
+            (theirs, ours, true),
+            (ours, us, false),
+            (nobodys, us, false),
+            (peer, theirs, false),
+            (peer, nobodys, false),
+        ] {
+            assert_eq!(enters(&key, src, dst), expected, "{src} to {dst}");
+        }
+        assert!(!enters(&Keys::random().node.public, theirs, us));
     }
 
     #[test]
