@@ -4,7 +4,8 @@
 //! coordination server on it, a [`Host`] runs the daemon, and a [`Container`] is a bare namespace
 //! that the host attaches by running the netavark plugin, as Podman would. The peers of others are
 //! a [`Gopher`], which is a machine with Tailscale's own client, and as the coordination server
-//! [`Headscale`] or [`Testcontrol`], and as a relay a [`Derper`].
+//! [`Headscale`] or [`Testcontrol`], and as a relay a [`Derper`]. A [`Site`] says what a server has
+//! besides, and an [`Authority`] certifies it.
 //!
 //! Nothing here has a name outside the test's process: a namespace lives as long as its file is
 //! open and a child process dies with the thread that started it. So a test that panics, or is
