@@ -15,7 +15,7 @@ use tokio::{
 use crate::{
     AuthKey, DEFAULT_DOMAIN, Error, KeySpec, NodeSummary,
     store::Store,
-    tailnet::{Site, State, Tailnet},
+    tailnet::{Names, Site, State, Tailnet},
 };
 
 /// In the state directory, which only its owner can enter.
@@ -219,6 +219,7 @@ impl Site {
             url,
             domain,
             derp_map: DerpMap::default(),
+            names: Names::default(),
         })
     }
 }

@@ -108,6 +108,16 @@ pub(crate) struct Site {
     /// Suffix of all names, without dots around it.
     pub domain: String,
     pub derp_map: DerpMap,
+    pub names: Names,
+}
+
+/// What the tailnet's DNS knows beyond the names of its nodes.
+#[derive(Clone, Debug, Default)]
+pub struct Names {
+    /// Full names and their addresses.
+    pub records: Vec<(String, IpAddr)>,
+    /// The DNS servers to ask for a zone's names.
+    pub split: BTreeMap<String, Vec<IpAddr>>,
 }
 
 pub(crate) struct Tailnet {
@@ -952,6 +962,7 @@ mod tests {
             url: "http://127.0.0.1:1".parse().unwrap(),
             domain: "tail.internal".to_owned(),
             derp_map: DerpMap::default(),
+            names: Names::default(),
         };
         let tailnet = Tailnet::open(Store::open(dir.path()).unwrap(), site, None).unwrap();
         (dir, tailnet)

@@ -1,6 +1,6 @@
-//! The time of day as the control server has it.
+//! The time of day as the control server has it, and as peers have seen it.
 
-use std::time::Instant;
+use std::time::{Instant, SystemTime};
 
 use chrono::{DateTime, TimeDelta, Utc};
 
@@ -39,9 +39,53 @@ impl Clock {
     }
 }
 
+/// The latest time of day that this host can have told anyone, though its clock was set back since.
+///
+/// WireGuard's handshakes carry a time, and a peer takes none that is older than one before
+/// (section 5.1 of its paper).
+#[derive(Clone, Copy, Debug)]
+pub struct Latest {
+    time: SystemTime,
+    at: Instant,
+}
+
+impl Latest {
+    /// Begins now.
+    pub fn begin() -> Self {
+        Self {
+            time: SystemTime::now(),
+            at: Instant::now(),
+        }
+    }
+
+    /// The latest time until now. What is set between two looks, and set back, is missed.
+    pub fn look(&mut self) -> SystemTime {
+        let (now, counted) = (SystemTime::now(), self.time + self.at.elapsed());
+        *self = Self {
+            time: counted.max(now),
+            at: Instant::now(),
+        };
+        self.time
+    }
+}
+
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
+
+    #[test]
+    fn the_latest_time_goes_on_from_where_it_was() {
+        let ahead = SystemTime::now() + Duration::from_secs(3600);
+        let mut latest = Latest {
+            time: ahead,
+            ..Latest::begin()
+        };
+        let late = latest.look().duration_since(ahead).unwrap();
+        assert!(late < Duration::from_secs(60));
+        assert!(latest.look() > ahead);
+    }
 
     #[test]
     fn the_servers_word_counts() {

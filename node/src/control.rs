@@ -16,7 +16,7 @@ use http_body_util::{BodyExt, Empty, Full};
 use hyper::{body::Incoming, client::conn::http2};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use ipnet::IpNet;
-use serde::Serialize;
+use serde::{Serialize, de::DeserializeOwned};
 use tailnode_wire::{
     CAPABILITY_VERSION, noise,
     tailcfg::{
@@ -34,6 +34,7 @@ use tracing::{Instrument, debug, info, warn};
 use url::Url;
 
 mod frames;
+mod lock;
 mod registration;
 
 use frames::Frames;
@@ -42,7 +43,7 @@ use registration::{Registration, Standing, Step};
 use crate::{
     clock::Clock,
     dial::{self, Backoff, Http},
-    netmap::{expiry, is_expired},
+    netmap::{Lock, expiry, is_expired},
     state::Keys,
     status::Login,
 };
@@ -71,6 +72,8 @@ const PING: Duration = Duration::from_secs(15);
 const MAP: &str = "/machine/map";
 /// Largest answer that is not a map.
 const MAX_ANSWER: usize = 1 << 20;
+/// Largest answer that tells of tailnet lock: 2000 updates with all that they may say.
+const MAX_LOCK: usize = 16 << 20;
 
 /// Text that must not be seen: its `Debug` shows nothing of it.
 #[derive(Clone, PartialEq, Eq)]
@@ -111,6 +114,8 @@ pub struct Config {
     pub ephemeral: bool,
     /// It joined before, by all that is kept of it.
     pub known: bool,
+    /// Whom tailnet lock trusts, by what is kept.
+    pub lock: Lock,
     /// Whom to trust: [`dial::tls_config`].
     pub tls: Arc<rustls::ClientConfig>,
 }
@@ -129,6 +134,8 @@ pub struct Advertised {
 pub enum Event {
     /// How we stand with the control server; sent when it changes.
     Login(Login),
+    /// What is known of tailnet lock; all maps that follow are to be judged by it.
+    Lock(Lock),
     /// A message of the map stream.
     Map {
         /// The message.
@@ -144,6 +151,7 @@ pub enum Event {
 #[derive(Debug)]
 pub struct Handle {
     advertised: watch::Sender<Advertised>,
+    moved: watch::Sender<()>,
     /// Carries who waits for the logout.
     logout: oneshot::Sender<oneshot::Sender<Result<(), String>>>,
     task: AbortOnDropHandle<()>,
@@ -160,6 +168,12 @@ impl Handle {
         });
     }
 
+    /// The host's way to the Internet changed: connects anew, since nothing would tell for a minute
+    /// that the connection leads nowhere.
+    pub fn moved(&self) {
+        self.moved.send_replace(());
+    }
+
     /// Ends the session and tells the control server to forget us.
     ///
     /// # Errors
@@ -167,6 +181,7 @@ impl Handle {
     pub async fn logout(self, within: Duration) -> Result<(), String> {
         let Self {
             advertised: _open,
+            moved: _,
             logout,
             task,
         } = self;
@@ -193,6 +208,7 @@ impl Handle {
 /// Starts a session. It ends with its handle, or when nobody takes its events.
 pub fn spawn(config: Config, keys: Keys, events: mpsc::Sender<Event>) -> Handle {
     let (advertised_tx, advertised) = watch::channel(Advertised::default());
+    let (moved_tx, moved) = watch::channel(());
     let (logout_tx, logout) = oneshot::channel::<oneshot::Sender<Result<(), String>>>();
     let hostinfo = hostinfo(&config);
     let span = tracing::info_span!("control", hostname = config.hostname);
@@ -202,15 +218,19 @@ pub fn spawn(config: Config, keys: Keys, events: mpsc::Sender<Event>) -> Handle 
         Standing::Stranger
     };
     let mut session = Session {
+        lock: config.lock.clone(),
         config,
         hostinfo,
         keys,
         events,
         advertised,
+        moved,
         connection: None,
         login: Login::Starting,
         mapped: Login::Running,
         clock: Clock::of_host(),
+        lock_head: None,
+        lock_asked: None,
         heard: None,
         registration: None,
         registered: false,
@@ -240,6 +260,7 @@ pub fn spawn(config: Config, keys: Keys, events: mpsc::Sender<Event>) -> Handle 
     );
     Handle {
         advertised: advertised_tx,
+        moved: moved_tx,
         logout: logout_tx,
         task: AbortOnDropHandle::new(task),
     }
@@ -299,12 +320,18 @@ struct Session {
     keys: Keys,
     events: mpsc::Sender<Event>,
     advertised: watch::Receiver<Advertised>,
+    moved: watch::Receiver<()>,
     connection: Option<Connection>,
     /// What was last reported.
     login: Login,
     /// How the last map that spoke of us saw us.
     mapped: Login,
     clock: Clock,
+    lock: Lock,
+    /// The last update of tailnet lock by the server's word; `None`: it is off.
+    lock_head: Option<String>,
+    /// When it was last tried to learn of that.
+    lock_asked: Option<Instant>,
     /// When the last message of a map stream came.
     heard: Option<Instant>,
     /// An attempt to join that a lost connection does not end.
@@ -386,6 +413,7 @@ impl Session {
 
     /// Connects, joins and follows the map. `live` is set when the map stands.
     async fn attempt(&mut self, live: &mut Option<Instant>) -> Result<Infallible, Failure> {
+        self.moved.mark_unchanged();
         let connection = Connection::open(&self.config, &self.keys).await?;
         self.connection = Some(connection.clone());
         if !self.registered {
@@ -518,6 +546,7 @@ impl Session {
                     },
                 },
                 failure = &mut updates => return Err(failure),
+                Ok(()) = self.moved.changed() => return Err(retry("the host has moved")),
                 Some(ping) = pings.join_next() => if let Err(error) = ping {
                     debug!(%error, "answering a ping failed");
                 },
@@ -543,7 +572,8 @@ impl Session {
             );
         }
         if message.keep_alive {
-            return Ok(());
+            // What could not be learned may be now.
+            return self.heed_lock(&message, false).await;
         }
         let mut first = false;
         if live.is_none() {
@@ -584,6 +614,7 @@ impl Session {
             // Before the map, which looks like that of any member to those who wait for one.
             self.report(Login::NeedsApproval).await?;
         }
+        self.heed_lock(&message, first).await?;
         let event = Event::Map {
             response: Box::new(message),
             first,
@@ -593,6 +624,53 @@ impl Session {
             Login::Expired => Err(Failure::Expired),
             mapped => self.report(mapped).await,
         }
+    }
+
+    /// Learns whom tailnet lock trusts, where that is not what the server says it should be.
+    async fn heed_lock(&mut self, message: &MapResponse, first: bool) -> Result<(), Failure> {
+        // Nothing said is nothing changed, except where a stream begins.
+        if first || message.tka_info.is_some() {
+            let info = message.tka_info.as_ref().filter(|info| !info.disabled);
+            self.lock_head = info.map(|info| info.head.clone());
+            self.lock_asked = None;
+        }
+        let head = self.lock_head.as_deref();
+        let Some(connection) = &self.connection else {
+            return Ok(());
+        };
+        if self.lock_asked.is_some_and(|at| at.elapsed() < ANSWER) {
+            return Ok(());
+        }
+        let known = match &self.lock {
+            Lock::On(authority) => Some(authority),
+            Lock::Off | Lock::Unread { .. } => None,
+        };
+        let lock = match (known, head) {
+            (None, None) => Lock::Off,
+            (Some(authority), Some(head)) if authority.head().to_string() == head => return Ok(()),
+            (known, head) => {
+                self.lock_asked = Some(Instant::now());
+                let learned = lock::learn(connection, &self.keys.node.public, known, head);
+                let learned = timeout(ANSWER, learned).await;
+                match (learned.unwrap_or_else(|_| Err(retry("no answer"))), known) {
+                    (Ok(lock), _) => lock,
+                    (Err(failure), known) => {
+                        let error = failure.into_words();
+                        warn!(error, "cannot learn whom tailnet lock trusts");
+                        match known {
+                            Some(authority) => Lock::On(authority.clone()),
+                            None => Lock::Unread { error },
+                        }
+                    }
+                }
+            }
+        };
+        if lock == self.lock {
+            return Ok(());
+        }
+        info!(on = lock != Lock::Off, "tailnet lock");
+        self.lock = lock.clone();
+        self.tell(Event::Lock(lock)).await
     }
 
     async fn obey(&self, debug: &tailnode_wire::tailcfg::Debug) {
@@ -865,6 +943,24 @@ impl Connection {
         }
     }
 
+    /// Asks as tailnet lock's requests do: with a body, and without a change.
+    async fn inquire<T: DeserializeOwned>(
+        &self,
+        path: &'static str,
+        body: &impl Serialize,
+    ) -> Result<T, Failure> {
+        let request = Request::get(format!("{}{}{path}", self.origin, self.base))
+            .body(Full::from(serde_json::to_vec(body).map_err(retry)?))
+            .map_err(retry)?;
+        let response = self.send(request).await?;
+        if response.status() != StatusCode::OK {
+            return Err(unwelcome(path, response).await);
+        }
+        let answer = dial::body(response, MAX_LOCK).await?;
+        serde_json::from_slice(&answer)
+            .map_err(|error| retry(format!("the answer to {path} cannot be read: {error}")))
+    }
+
     async fn update(&self, request: &MapRequest) -> Result<(), Failure> {
         let response = self.post(MAP, request).await?;
         match response.status() {
@@ -1047,6 +1143,7 @@ mod tests {
                 routes: Vec::new(),
                 ephemeral: false,
                 known: false,
+                lock: Lock::Off,
                 tls: dial::tls_config(),
             };
             let (events_tx, events) = mpsc::channel(16);
@@ -1079,6 +1176,7 @@ mod tests {
                         } => {
                             self.netmap.apply(*response, Utc::now());
                         }
+                        Event::Lock(_) => {}
                         Event::KeysRotated(keys) => self.keys = keys,
                     }
                 }

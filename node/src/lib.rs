@@ -3,6 +3,7 @@
 //! Give [`Node::start`] a TUN device and a place for its keys; it joins the tailnet, finds paths
 //! to its peers and moves packets until it is stopped or the device's network namespace dies.
 
+mod addresses;
 mod clock;
 mod control;
 mod derp;

@@ -10,13 +10,15 @@ use std::{
     mem,
 };
 
+use base64::{Engine, engine::general_purpose::STANDARD};
 use chrono::{DateTime, Datelike, Utc};
 use serde::{Deserialize, Serialize};
 use tailnode_wire::{
     keys::NodePublicKey,
+    lock::Authority,
     tailcfg::{
         DerpMap, DisplayMessage, DnsConfig, FilterRule, MapResponse, Node, NodeId, PeerChange,
-        TkaInfo, UserId, UserProfile,
+        UserId, UserProfile,
     },
 };
 use tracing::warn;
@@ -28,7 +30,7 @@ pub struct Netmap {
     pub myself: Node,
     /// The peers that it may talk to.
     pub peers: HashMap<NodeId, Node>,
-    /// Peers withheld because tailnet lock wants a signature that is not checked here.
+    /// Peers withheld because tailnet lock wants a signature that they do not have.
     pub locked_out: HashMap<NodeId, Node>,
     /// The relays.
     pub derp_map: DerpMap,
@@ -44,8 +46,24 @@ pub struct Netmap {
     pub health: Vec<String>,
     /// The control server's messages for the user, by name.
     pub display_messages: BTreeMap<String, DisplayMessage>,
-    /// Tailnet lock, if the control server spoke of it.
-    pub lock: Option<TkaInfo>,
+    /// Tailnet lock.
+    pub lock: Lock,
+}
+
+/// Whether peers need a signature.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Lock {
+    /// They do not.
+    #[default]
+    Off,
+    /// They do, and whose is not known: none is believed.
+    Unread {
+        /// Why not.
+        error: String,
+    },
+    /// They do, of one of these keys.
+    On(Authority),
 }
 
 /// What a message changed.
@@ -102,7 +120,7 @@ impl Default for Netmap {
             users: HashMap::new(),
             health: Vec::new(),
             display_messages: BTreeMap::new(),
-            lock: None,
+            lock: Lock::Off,
         }
     }
 }
@@ -114,6 +132,7 @@ impl Netmap {
     pub fn restart(&mut self, first: MapResponse, now: DateTime<Utc>) -> Changes {
         let fresh = Self {
             myself: self.myself.clone(),
+            lock: self.lock.clone(),
             ..Self::default()
         };
         let old = mem::replace(self, fresh);
@@ -134,20 +153,6 @@ impl Netmap {
     /// Takes one more message of the stream. `now` is when it came.
     pub fn apply(&mut self, message: MapResponse, now: DateTime<Utc>) -> Changes {
         let mut changes = Changes::default();
-        // First, so that a message that turns lock on is already judged by it.
-        if let Some(lock) = message.tka_info {
-            let was_locked = self.is_locked();
-            self.lock = Some(lock);
-            if self.is_locked() != was_locked {
-                let old = mem::take(&mut self.peers);
-                let withheld = mem::take(&mut self.locked_out);
-                for peer in old.clone().into_values().chain(withheld.into_values()) {
-                    self.put(peer);
-                }
-                self.differences(old, &mut changes.peers);
-                changes.health = true;
-            }
-        }
         let withheld = self.locked_out.len();
 
         // An empty list is no list: servers cannot always leave it out (tailcfg.go).
@@ -183,7 +188,12 @@ impl Netmap {
                     self.edit(id, &mut changes, |peer| peer.online = Some(online));
                 }
                 for change in message.peers_changed_patch {
-                    self.edit(change.node_id, &mut changes, |peer| patch(peer, change));
+                    let (id, signed) = (change.node_id, change.key_signature.is_some());
+                    let judge = signed || change.key.is_some();
+                    self.edit(id, &mut changes, |peer| patch(peer, change));
+                    if judge {
+                        self.judge(id, &mut changes);
+                    }
                 }
             }
         }
@@ -240,6 +250,22 @@ impl Netmap {
         changes
     }
 
+    /// Takes over what is known of tailnet lock now, and judges all peers by it.
+    pub fn set_lock(&mut self, lock: Lock) -> Changes {
+        self.lock = lock;
+        let mut changes = Changes {
+            health: true,
+            ..Changes::default()
+        };
+        let old = mem::take(&mut self.peers);
+        let withheld = mem::take(&mut self.locked_out);
+        for peer in old.clone().into_values().chain(withheld.into_values()) {
+            self.put(peer);
+        }
+        self.differences(old, &mut changes.peers);
+        changes
+    }
+
     /// Marks the peers whose keys have expired by `now`; returns those that had not before. Time
     /// passes without messages: call it now and then.
     pub fn expire(&mut self, now: DateTime<Utc>) -> Vec<NodeId> {
@@ -284,18 +310,45 @@ impl Netmap {
                 n => format!(" and {n} more"),
             };
             names.truncate(NAMED);
+            let names = names.join(", ");
+            lines.push(match &self.lock {
+                Lock::Unread { error } => format!(
+                    "tailnet lock is on, but whom it trusts is not known ({error}): peers \
+                     {names}{more} are not reachable"
+                ),
+                _ => format!(
+                    "tailnet lock is on, and peers {names}{more} are not signed, so they are not \
+                     reachable: sign them with `tailscale lock sign`"
+                ),
+            });
+        }
+        if matches!(self.lock, Lock::On(_)) && !self.admits(&self.myself) {
             lines.push(format!(
-                "tailnet lock is on; tailnode cannot verify signatures yet, so peers {}{more} are \
-                 not reachable",
-                names.join(", ")
+                "tailnet lock is on, and this node is not signed, so its peers do not talk to it: \
+                 run `tailscale lock sign {}` on a node that may sign",
+                self.myself.key
             ));
         }
         lines
     }
 
-    /// Whether peers need a signature.
-    fn is_locked(&self) -> bool {
-        self.lock.as_ref().is_some_and(|lock| !lock.disabled)
+    /// Whether tailnet lock lets this node be a member.
+    fn admits(&self, node: &Node) -> bool {
+        let Lock::On(authority) = &self.lock else {
+            return self.lock == Lock::Off;
+        };
+        let signature = node.key_signature.as_deref().unwrap_or_default();
+        let signature = STANDARD.decode(signature);
+        signature.is_ok_and(|signature| authority.admits(&node.key, &signature).is_ok())
+    }
+
+    /// Looks again whether a peer is a member, since its key or signature changed.
+    fn judge(&mut self, id: NodeId, changes: &mut Changes) {
+        let peer = self.peers.remove(&id);
+        if let Some(peer) = peer.or_else(|| self.locked_out.remove(&id)) {
+            self.put(peer);
+            changes.peers.push(id);
+        }
     }
 
     /// Adds or replaces a peer; false if the visible peers are as before.
@@ -304,9 +357,9 @@ impl Netmap {
         // Nothing reads what peers say of their hosts, and in a large tailnet it is most of the map.
         peer.hostinfo = None;
         let id = peer.id;
-        // No signature is checked here, so even a signed peer may be an impostor. Peers that lock
-        // does not cover pass: `normal` has taken from them all but their own addresses.
-        if self.is_locked() && !peer.unsigned_peer_api_only {
+        // Peers that lock does not cover pass: `normal` has taken from them all but their own
+        // addresses.
+        if !peer.unsigned_peer_api_only && !self.admits(&peer) {
             self.locked_out.insert(id, peer);
             return self.peers.remove(&id).is_some();
         }
@@ -643,11 +696,12 @@ mod tests {
         let mut map = netmap(vec![peer(2), api_only]);
         assert_eq!(map.peers[&3].allowed_ips(), map.peers[&3].addresses);
 
-        let changes = map.apply(json(r#"{"TKAInfo":{"Head":"x"}}"#), now());
+        let error = "no answer".to_owned();
+        let changes = map.set_lock(Lock::Unread { error });
         assert_eq!(changes.peers, [2]);
         assert!(changes.health);
         assert_eq!(map.peers.keys().collect::<Vec<_>>(), [&3]);
-        assert!(map.health_lines()[0].contains("peer-2.example are not reachable"));
+        assert!(map.health_lines()[0].contains("(no answer): peers peer-2.example are not"));
 
         let changes = map.apply(
             MapResponse {
@@ -663,7 +717,12 @@ mod tests {
             now(),
         );
 
-        let changes = map.apply(json(r#"{"TKAInfo":{"Disabled":true}}"#), now());
+        // It outlives the stream.
+        let mut again = map.clone();
+        again.restart(first(vec![peer(2)]), now());
+        assert!(again.peers.is_empty());
+
+        let changes = map.set_lock(Lock::Off);
         assert_eq!(changes.peers, [2, 4]);
         assert_eq!(map.peers[&4].home_derp, 5);
         assert!(map.locked_out.is_empty() && map.health_lines().is_empty());
@@ -690,6 +749,48 @@ mod tests {
         assert!(!is_expired(&node, now()));
         node.key_expiry = Some(now());
         assert!(is_expired(&node, now()));
+    }
+
+    #[test]
+    fn tailnet_lock_lets_in_whom_its_keys_have_signed() {
+        // Of the tests of `tailnode_wire::lock`: trust, and its word for the node key 07….
+        const GENESIS: &str = "pAEFAvYFowH2AoFYIMP+qKDXDt4lVZkMpg1wqKA8vmJ9LJ88sOK6cJPQiE4vA4GkAQECAgNYIIqI4910CfGV\
+            /VLbLTy6XXLKZwm/HZQSG/N0iAG0D29cDKFkbmFtZWNvbmUXgaIBWCCKiOPddAnxlf1S2y08ul1yymcJvx2U\
+            EhvzdIgBtA9vXAJYQGJvtNFQM2ueCYsP3BKTpAbf/5lIUiNCJP1VsluhxetaPNQxZF/fNE2zAPDMS5VZtadk\
+            xOcx22rVFycFJMteNAE=";
+        const SIGNATURE: &str = "pQEBAlgibnAHBwcHBwcHBwcHBwcHBwcHBwcHBwcHBwcHBwcHBwcHBwNYIIqI4910CfGV/VLbLTy6XXLKZwm/\
+            HZQSG/N0iAG0D29cBFhAU4VvTUnMVZPNy0Ws5K8w/Rgj7mlfuLPFoFn7mKQC9UPogDSXIq0xdyABledsIz/7\
+            o5Et30ncy9JIS305YKJvDQZYIO1JKMYo0cLG6ukDOJBZlWEpWSc6XGP5NjbBRhSshzfR";
+        let authority = Authority::begin(&STANDARD.decode(GENESIS).unwrap()).unwrap();
+        let signed = |id| {
+            let mut peer = peer(id);
+            peer.key_signature = Some(SIGNATURE.into());
+            peer
+        };
+        let mut map = netmap(vec![signed(7), signed(8), peer(9)]);
+        map.set_lock(Lock::On(authority));
+        assert_eq!(map.peers.keys().collect::<Vec<_>>(), [&7]);
+        let lines = map.health_lines();
+        assert!(lines[0].contains("peers peer-8.example, peer-9.example are not signed"));
+        assert!(lines[1].contains("this node is not signed") && lines[1].contains("nodekey:"));
+        // The peer 9 takes the key that is signed, and the peer 7 loses it.
+        let key = |id, n: u8| PeerChange {
+            node_id: id,
+            key: Some(super::tests::key(n)),
+            key_signature: Some(SIGNATURE.into()),
+            ..PeerChange::default()
+        };
+        let changes = map.apply(
+            MapResponse {
+                peers_changed_patch: vec![key(9, 7), key(7, 1)],
+                ..MapResponse::default()
+            },
+            now(),
+        );
+        assert_eq!(changes.peers, [7, 9]);
+        assert_eq!(map.peers.keys().collect::<Vec<_>>(), [&9]);
+        let kept = serde_json::to_string(&map).unwrap();
+        assert_eq!(serde_json::from_str::<Netmap>(&kept).unwrap(), map);
     }
 
     #[test]
@@ -734,7 +835,6 @@ mod tests {
         Relays(u8),
         User(u8, u8),
         Myself(u8),
-        Lock(bool),
     }
 
     fn happening() -> impl Strategy<Value = Happening> {
@@ -761,7 +861,6 @@ mod tests {
             1 => (1..4u8).prop_map(Relays),
             1 => (0..3u8, one()).prop_map(|(id, n)| User(id, n)),
             1 => one().prop_map(Myself),
-            1 => any::<bool>().prop_map(Lock),
         ]
     }
 
@@ -889,13 +988,6 @@ mod tests {
                     node.tags = vec![n.to_string()];
                     delta.node = Some(node);
                     self.full.node = delta.node.clone();
-                }
-                Happening::Lock(on) => {
-                    delta.tka_info = Some(TkaInfo {
-                        head: String::new(),
-                        disabled: !on,
-                    });
-                    self.full.tka_info = delta.tka_info.clone();
                 }
             }
             delta

@@ -7,12 +7,12 @@ use std::{
     os::fd::OwnedFd,
     path::PathBuf,
     sync::Arc,
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime},
 };
 
 use ipnet::IpNet;
 use tailnode_wire::{
-    keys::{DiscoPublicKey, ExportableKey},
+    keys::{DiscoKeyPair, DiscoPublicKey, ExportableKey},
     stun,
     tailcfg::{DerpMap, DerpNode, EndpointType, MapResponse, NetInfo, RegionId},
 };
@@ -26,7 +26,8 @@ use url::Url;
 
 pub use crate::control::Secret;
 use crate::{
-    clock::Clock,
+    addresses::{Addresses, Watch},
+    clock::{Clock, Latest},
     control, derp,
     device::{Closed, Device, Offload, PACKET_ROOM},
     dial,
@@ -46,22 +47,30 @@ use crate::{
 
 /// Packets handled from one source before the others have their turn.
 const TURN: usize = 64;
-/// Batches of datagrams received before the others have their turn.
-const TURN_BATCHES: usize = 2;
-/// Bytes collected before they are sent, so that one turn's memory stays bounded.
-const FLUSH: usize = 512 * 1024;
+/// Bytes handled before the others have theirs: some 200 µs of encryption, which is what a packet of
+/// another flow may have to wait.
+const TURN_BYTES: usize = 256 * 1024;
+/// Bytes collected before they are sent: enough for trains and bursts, and still in the cache.
+const FLUSH: usize = 128 * 1024;
 /// How often endpoints are looked up while packets flow; NATs forget after 30 s (RFC 4787).
 const CHECK_BUSY: Duration = Duration::from_secs(25);
+/// How often at most when a path is lost: the NAT may have changed.
+const CHECK_LOST: Duration = Duration::from_secs(3);
 /// How often while they do not.
 const CHECK_IDLE: Duration = Duration::from_secs(120);
 /// How soon the answers of a round are looked at.
 const CHECK_POLL: Duration = Duration::from_millis(200);
+/// How soon after a change of the host's addresses they are looked at: changes come in a row.
+const SETTLE: Duration = Duration::from_millis(100);
 /// How soon after a packet the timers of a session that it may have begun are looked at.
 const FIRST_TICK: Duration = Duration::from_millis(50);
 /// How long a live map is waited for where a saved one would do.
 const PREFER_LIVE: Duration = Duration::from_secs(2);
 /// How long a logout may take.
 const LOGOUT: Duration = Duration::from_secs(4);
+/// How often it is kept until when the node has run, beside when it ends: after a crash it may be
+/// off by this.
+const MARK_EVERY: Duration = Duration::from_secs(600);
 /// At most how often the map is written to disk.
 const SAVE_EVERY: Duration = Duration::from_secs(5);
 
@@ -257,7 +266,19 @@ impl Node {
     pub async fn start(config: Config) -> Result<Self, Error> {
         let kernel = |doing| move |source| Error::Kernel { doing, source };
         let store = Store::open(&config.state_dir, &config.login_server)?;
-        let keys = store.keys()?;
+        let ran_until = store.latest();
+        let mut keys = store.keys()?;
+        if ran_until.is_some_and(|until| until > SystemTime::now()) {
+            warn!(
+                hostname = config.hostname,
+                "the host's clock was set back; peers will hear of it, and take handshakes that \
+                 are older than the last"
+            );
+            // Who gets a new disco key has started anew to all peers, who forget their sessions and
+            // with them the time of the last handshake (ipnlocal: discoChangedLocked).
+            keys.disco = DiscoKeyPair::random();
+            store.save_keys(&keys)?;
+        }
         let saved = store.load_netmap();
         let device =
             Device::new(config.tun, config.offload).map_err(kernel("use the TUN device"))?;
@@ -266,7 +287,12 @@ impl Node {
             config.offload != Offload::None,
         )
         .map_err(kernel("open a UDP socket"))?;
+        let watch = Watch::open().map_err(kernel("watch the host's addresses"))?;
 
+        let lock = saved
+            .as_ref()
+            .map(|map| map.lock.clone())
+            .unwrap_or_default();
         let tls = dial::tls_config();
         let (events_tx, events) = mpsc::channel(16);
         let (incoming_tx, incoming) = mpsc::channel(256);
@@ -293,6 +319,7 @@ impl Node {
                 routes: config.routes.offered(),
                 ephemeral: config.ephemeral,
                 known,
+                lock,
                 tls,
             },
             keys,
@@ -317,6 +344,7 @@ impl Node {
             neighbours: config.neighbours,
             door,
             udp,
+            watch,
             netcheck: Netcheck::default(),
             report: Report::default(),
             next_check: Instant::now(),
@@ -325,10 +353,12 @@ impl Node {
             targets_tx,
             nearest_tx,
             asked_nearest: false,
-            local: Vec::new(),
+            local: Addresses::default(),
             relays,
             session: Some(session),
             clock: Clock::of_host(),
+            latest: Latest::begin(),
+            next_mark: Instant::now(),
             ephemeral: config.ephemeral,
             store: Arc::new(store),
             saving: None,
@@ -528,6 +558,7 @@ struct Task {
     /// By which neighbours find the door; another one with each key.
     presence: Presence,
     udp: Udp,
+    watch: Watch,
     netcheck: Netcheck,
     report: Report,
     next_check: Instant,
@@ -538,11 +569,14 @@ struct Task {
     nearest_tx: mpsc::Sender<RegionId>,
     asked_nearest: bool,
     /// The host's addresses when they were last looked at.
-    local: Vec<IpAddr>,
+    local: Addresses,
     relays: derp::Relays,
     /// `None`: logged out.
     session: Option<control::Handle>,
     clock: Clock,
+    latest: Latest,
+    /// When it is next kept until when the node has run.
+    next_mark: Instant,
     ephemeral: bool,
     store: Arc<Store>,
     /// The writing of a map that is under way.
@@ -585,6 +619,10 @@ impl Task {
                     Ok(()) => self.serve_udp(),
                     Err(error) => Err(Closed::Failed(error)),
                 },
+                changed = self.watch.changed() => {
+                    self.next_check = self.next_check.min(Instant::now() + SETTLE);
+                    changed.map_err(Closed::Failed)
+                }
                 Some(first) = inputs.incoming.recv() => self.serve_relays(first, &mut inputs.incoming),
                 Some(packet) = inputs.replies.recv() => self.door.device.send(&packet),
                 Some(question) = inputs.questions.recv() => self.serve_resolver(&question),
@@ -600,10 +638,7 @@ impl Task {
                     Ok(())
                 }
                 () = self.relays.changed() => {
-                    if self.netcheck.set_lost(self.relays.lost()) {
-                        self.asked_nearest = false;
-                        self.next_check = Instant::now();
-                    }
+                    self.relays_changed();
                     Ok(())
                 }
                 Some(region) = inputs.nearest.recv() => {
@@ -689,10 +724,12 @@ impl Task {
                 joiner,
                 ..
             } = scratch;
+            let mut bytes = 0;
             for _ in 0..TURN {
                 let Some((header, packet)) = self.door.device.receive(packet)? else {
                     break;
                 };
+                bytes += packet.len();
                 let burst = match Burst::new(header, packet) {
                     Ok(burst) => burst,
                     Err(misfit) => {
@@ -703,6 +740,9 @@ impl Task {
                 self.serve_burst(Router::outbound, &burst, cut, out, now);
                 if out.len() > FLUSH {
                     self.flush(out, joiner)?;
+                }
+                if bytes > TURN_BYTES {
+                    break;
                 }
             }
             self.flush(out, joiner)
@@ -715,7 +755,8 @@ impl Task {
             let Scratch {
                 batch, out, joiner, ..
             } = scratch;
-            for _ in 0..TURN_BATCHES {
+            let mut bytes = 0;
+            for _ in 0..TURN {
                 match self.udp.receive(batch) {
                     Ok(()) => {}
                     Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
@@ -726,6 +767,7 @@ impl Task {
                     }
                 }
                 for (from, train, size) in batch.trains() {
+                    bytes += train.len();
                     let mut router = self.door.router();
                     for datagram in train.chunks(size) {
                         if stun::is_stun(datagram) {
@@ -741,6 +783,9 @@ impl Task {
                     if out.len() > FLUSH {
                         self.flush(out, joiner)?;
                     }
+                }
+                if bytes > TURN_BYTES {
+                    break;
                 }
             }
             self.flush(out, joiner)
@@ -914,7 +959,11 @@ impl Task {
                 self.flush(out, joiner)
             })?;
             // Peers are about to look for a path: stale endpoints would not open our NAT.
-            if self.next_tick.is_some() && self.checked_at.is_none_or(|at| now >= at + CHECK_BUSY) {
+            let stale = |age| self.checked_at.is_none_or(|at| now >= at + age);
+            if self.door.router().has_lost_a_path() && stale(CHECK_LOST) {
+                self.checked_at = None;
+                self.next_check = now;
+            } else if self.next_tick.is_some() && stale(CHECK_BUSY) {
                 self.next_check = now;
             }
         }
@@ -924,6 +973,11 @@ impl Task {
     /// Takes stock: of peers' keys that expired, and of our network, by asking the STUN servers or
     /// looking at what they answered.
     fn check(&mut self, now: Instant) {
+        // Looked at often, so that no handshake was later than it.
+        self.latest.look();
+        if now >= self.next_mark {
+            self.save();
+        }
         let expired = self.netmap.expire(self.clock.now());
         if !expired.is_empty() {
             let changes = Changes {
@@ -933,17 +987,21 @@ impl Task {
             let live = self.known.borrow().live;
             self.take_changes(&changes, live);
         }
-        let local = local_addresses();
+        let local = Addresses::look();
         if self.local != local {
-            if !self.local.is_empty() {
+            if !self.local.all.is_empty() {
                 info!("the host's addresses changed");
             }
-            // With more addresses, such as a bridge for containers, all paths are as good as before.
-            if self.local.iter().any(|ip| !local.contains(ip)) {
+            if local.is_a_move_from(&self.local) {
                 self.netcheck.reset();
                 self.door.router().reset_paths();
-                self.relays.set_addresses(&local);
+                self.relays.set_addresses(&local.all);
                 self.asked_nearest = false;
+            }
+            if local.goes_another_way_than(&self.local)
+                && let Some(session) = &self.session
+            {
+                session.moved();
             }
             self.checked_at = None;
             self.local = local;
@@ -997,7 +1055,7 @@ impl Task {
             .iter()
             .map(|address| (*address, EndpointType::Stun))
             .collect();
-        for ip in &self.local {
+        for ip in &self.local.all {
             let endpoint = SocketAddr::new(*ip, port);
             if endpoints.iter().all(|(known, _)| *known != endpoint) {
                 endpoints.push((endpoint, EndpointType::Local));
@@ -1054,6 +1112,12 @@ impl Task {
                 info!(?login, "control");
                 self.login.send_replace(login);
             }
+            control::Event::Lock(lock) => {
+                let changes = self.netmap.set_lock(lock);
+                let live = self.known.borrow().live;
+                self.take_changes(&changes, live);
+                self.unsaved.get_or_insert_with(Instant::now);
+            }
             control::Event::Map { response, first } => self.map(*response, first),
             control::Event::KeysRotated(keys) => {
                 if let Err(error) = self.store.save_keys(&keys) {
@@ -1087,6 +1151,7 @@ impl Task {
         self.next_tick = Some(now);
         if changes.derp {
             self.relays.set_map(self.netmap.derp_map.clone());
+            self.relays_changed();
             tokio::spawn(stun_targets(
                 self.netmap.derp_map.clone(),
                 self.targets_tx.clone(),
@@ -1151,20 +1216,41 @@ impl Task {
         });
     }
 
-    /// Writes the map to disk, off this thread: the disk may take its time.
-    fn save(&mut self) {
-        if self.unsaved.take().is_none() {
-            return;
+    /// Takes account of which relays there are and which of them are out of reach.
+    fn relays_changed(&mut self) {
+        let lost = self.relays.lost();
+        let regions = self.netmap.derp_map.regions.keys();
+        let regions = regions.filter(|id| !lost.contains(id)).copied().collect();
+        self.door.router().set_relays(regions);
+        if self.netcheck.set_lost(lost) {
+            self.asked_nearest = false;
+            self.next_check = Instant::now();
         }
-        let (store, netmap, before) = (self.store.clone(), self.netmap.clone(), self.saving.take());
+    }
+
+    /// Writes to disk what is newer here, off this thread: the disk may take its time.
+    fn save(&mut self) {
+        let netmap = self.unsaved.take().map(|_| self.netmap.clone());
+        let latest = self.latest.look();
+        let (store, before) = (self.store.clone(), self.saving.take());
+        self.next_mark = Instant::now() + MARK_EVERY;
         self.saving = Some(tokio::spawn(async move {
             // One after the other, so that the newest map is the one that stays.
             if let Some(before) = before {
                 let _ = before.await;
             }
-            let saved = tokio::task::spawn_blocking(move || store.save_netmap(&netmap)).await;
-            if let Ok(Err(error)) = saved {
-                warn!(%error, "cannot keep the map: without it the node cannot start while the control server is away");
+            let write = move || {
+                if let Some(netmap) = netmap
+                    && let Err(error) = store.save_netmap(&netmap)
+                {
+                    warn!(%error, "cannot keep the map: without it the node cannot start while the control server is away");
+                }
+                if let Err(error) = store.save_latest(latest) {
+                    warn!(%error, "cannot keep until when the node ran: should the clock be set back, peers would not take its handshakes");
+                }
+            };
+            if let Err(error) = tokio::task::spawn_blocking(write).await {
+                warn!(%error, "cannot keep the node's state");
             }
         }));
     }
@@ -1268,43 +1354,6 @@ async fn stun_targets(map: DerpMap, to: mpsc::Sender<Vec<Target>>) {
     }
     // The node may have stopped meanwhile.
     let _ = to.send(targets).await;
-}
-
-/// The host's addresses that peers may reach; loopback only where there is nothing else.
-fn local_addresses() -> Vec<IpAddr> {
-    let interfaces = match nix::ifaddrs::getifaddrs() {
-        Ok(interfaces) => interfaces,
-        Err(error) => {
-            warn!(%error, "cannot list the host's addresses");
-            return Vec::new();
-        }
-    };
-    let all: Vec<IpAddr> = interfaces
-        .filter_map(|interface| {
-            let address = interface.address?;
-            match (address.as_sockaddr_in(), address.as_sockaddr_in6()) {
-                (Some(v4), _) => Some(IpAddr::V4(v4.ip())),
-                (_, Some(v6)) => Some(IpAddr::V6(v6.ip())),
-                _ => None,
-            }
-        })
-        .filter(|ip| match ip {
-            IpAddr::V4(v4) => !v4.is_link_local() && !v4.is_unspecified(),
-            IpAddr::V6(v6) => !v6.is_unicast_link_local() && !v6.is_unspecified(),
-        })
-        // An address of another node on this host is a way through a tailnet, not to this node.
-        .filter(|ip| !is_tailnet(*ip))
-        .collect();
-    let (loopback, others): (Vec<_>, Vec<_>) = all.into_iter().partition(IpAddr::is_loopback);
-    if others.is_empty() { loopback } else { others }
-}
-
-/// Whether the address is from the ranges of tailnets (net/tsaddr/tsaddr.go).
-fn is_tailnet(ip: IpAddr) -> bool {
-    match ip {
-        IpAddr::V4(v4) => v4.octets()[0] == 100 && v4.octets()[1] & 0xc0 == 64,
-        IpAddr::V6(v6) => v6.segments()[..3] == [0xfd7a, 0x115c, 0xa1e0],
-    }
 }
 
 #[cfg(test)]

@@ -57,6 +57,8 @@ pub enum Action {
     },
     /// A call-me-maybe with our own endpoints, by the relay.
     CallMeMaybe,
+    /// Nothing: the address in use has just stopped answering, and our own may have changed.
+    LookAround,
 }
 
 /// What is known of the ways to one peer.
@@ -188,6 +190,11 @@ impl Path {
         }
     }
 
+    /// Our own endpoints changed: a peer that cannot be reached may be reachable now.
+    pub fn moved(&mut self) {
+        self.last_discovery = None;
+    }
+
     /// Forgets what was measured, because our own network changed.
     pub fn reset(&mut self) {
         self.best = None;
@@ -232,6 +239,11 @@ impl Path {
         self.forget(now);
         if call {
             self.last_discovery = Some(now);
+            if self.best.is_some_and(|best| {
+                best.trusted_until <= now && now < best.trusted_until + DISCOVERY
+            }) {
+                actions.push(Action::LookAround);
+            }
             actions.push(Action::CallMeMaybe);
         }
         let addresses: Vec<_> = self.candidates.keys().copied().collect();
@@ -297,7 +309,7 @@ mod tests {
             .iter()
             .filter_map(|action| match action {
                 Action::Ping { to, tx_id } => Some((*to, *tx_id)),
-                Action::CallMeMaybe => None,
+                Action::CallMeMaybe | Action::LookAround => None,
             })
             .collect()
     }
@@ -349,6 +361,29 @@ mod tests {
         let mut actions = Vec::new();
         path.tick(t0 + SESSION_ACTIVE, &mut actions);
         assert!(actions.is_empty());
+    }
+
+    #[test]
+    fn a_lost_address_makes_us_look_around_once() {
+        let t0 = Instant::now();
+        let (mut path, sent) = begun(t0);
+        path.pong(sent[0].1, t0);
+        let mut looks = Vec::new();
+        for seconds in 0..40 {
+            let mut actions = Vec::new();
+            let now = t0 + TRUST + Duration::from_secs(seconds);
+            path.route(now, &mut actions);
+            looks.extend(actions.contains(&Action::LookAround).then_some(seconds));
+        }
+        assert_eq!(looks.len(), 1);
+        assert!(looks[0] <= DISCOVERY.as_secs());
+        // Told of what was found, the peer is called at once.
+        let (now, mut actions) = (t0 + TRUST + Duration::from_secs(40), Vec::new());
+        path.route(now, &mut actions);
+        path.moved();
+        actions.clear();
+        path.route(now, &mut actions);
+        assert!(actions.contains(&Action::CallMeMaybe));
     }
 
     #[test]

@@ -5,7 +5,7 @@
 //! channel and no allocation stand between a packet and its datagram.
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeSet, HashMap},
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     ops::Range,
     sync::Arc,
@@ -56,6 +56,8 @@ const HANDSHAKE_RATE: u64 = 200;
 const RETRY_FIRST: Duration = Duration::from_millis(100);
 /// From here on WireGuard's own repetition is soon enough.
 const RETRY_LAST: Duration = Duration::from_secs(2);
+/// How long the news of a peer's restart may be on its way.
+const NEWS: Duration = Duration::from_secs(10);
 /// WireGuard's timers are in whole seconds; this is often enough to keep them.
 const TICK_BUSY: Duration = Duration::from_millis(250);
 const TICK_IDLE: Duration = Duration::from_secs(1);
@@ -236,6 +238,9 @@ pub struct Router {
     preferences: Preferences,
     filter: Filter,
     endpoints: Vec<SocketAddr>,
+    /// Regions of the map whose relays are not known to be out of reach.
+    relays: BTreeSet<RegionId>,
+    lost_a_path: bool,
     // Memory that is kept from packet to packet.
     actions: Vec<Action>,
     sealed: Vec<Range<usize>>,
@@ -268,8 +273,9 @@ struct Peer {
 }
 
 impl Peer {
-    fn relay(&self) -> Option<To> {
-        let region = if self.home != 0 {
+    /// By which of the `relays` that we can use it is reached: its home, or else where it came from.
+    fn relay(&self, relays: &BTreeSet<RegionId>) -> Option<To> {
+        let region = if relays.contains(&self.home) || self.seen_at == 0 {
             self.home
         } else {
             self.seen_at
@@ -309,6 +315,8 @@ impl Router {
             preferences: Preferences::default(),
             filter: Filter::default(),
             endpoints: Vec::new(),
+            relays: BTreeSet::new(),
+            lost_a_path: false,
             actions: Vec::new(),
             sealed: Vec::new(),
             scratch: Vec::new(),
@@ -366,6 +374,11 @@ impl Router {
         }
     }
 
+    /// Takes the regions whose relays can be used.
+    pub fn set_relays(&mut self, regions: BTreeSet<RegionId>) {
+        self.relays = regions;
+    }
+
     /// Takes a new node key; every session begins anew.
     pub fn set_keys(&mut self, keys: &Keys) {
         self.private = x25519::StaticSecret::from(*keys.node.private.export().as_bytes());
@@ -380,7 +393,18 @@ impl Router {
 
     /// Our own addresses, as peers are told when they are called.
     pub fn set_endpoints(&mut self, endpoints: Vec<SocketAddr>) {
+        if self.endpoints == endpoints {
+            return;
+        }
         self.endpoints = endpoints;
+        for (_, peer) in &mut self.peers {
+            peer.path.moved();
+        }
+    }
+
+    /// Whether an address in use has stopped answering since this was asked last.
+    pub fn has_lost_a_path(&mut self) -> bool {
+        std::mem::take(&mut self.lost_a_path)
     }
 
     /// Our own network changed: what was measured is void.
@@ -421,16 +445,19 @@ impl Router {
     }
 
     fn leave(&mut self, slot: usize, packet: &Packet<'_>, now: Instant) -> Taken {
-        // Nodes talk among themselves by it, and peers believe it.
-        if packet.protocol() == protocol::TSMP || !self.may_leave(packet, now) {
+        if !self.may_leave(packet, now) {
             return Taken::Dropped;
         }
         self.peers[slot].tx_bytes += packet.bytes().len() as u64;
         Taken::ForPeer(slot)
     }
 
-    /// Whether policy lets the container send a packet that takes another way than the tunnel.
+    /// Whether the container may send a packet, also by another way than the tunnel.
     pub fn may_leave(&mut self, packet: &Packet<'_>, now: Instant) -> bool {
+        // Nodes talk among themselves by it, and peers believe it.
+        if packet.protocol() == protocol::TSMP {
+            return false;
+        }
         let verdict = self.filter.outbound(packet, now);
         if let Verdict::Drop(reason) = verdict {
             trace!(?reason, dst = %packet.dst(), "dropped an outgoing packet");
@@ -570,7 +597,7 @@ impl Router {
                 path: match peer.path.direct(now) {
                     _ if is_near(&peer.key) => PeerPath::Local,
                     Some(address) => PeerPath::Direct { address },
-                    None => match peer.relay() {
+                    None => match peer.relay(&self.relays) {
                         Some(To::Relay(id, _)) if peer.path.active(now) => {
                             PeerPath::Relay { region: region(id) }
                         }
@@ -633,8 +660,16 @@ impl Router {
                 if self.by_disco.get(&old) == Some(&slot) {
                     self.by_disco.remove(&old);
                 }
-                // The peer restarted: its sockets, and so its addresses, are new.
+                // The peer restarted: its sockets, and so its addresses, are new, and it knows our
+                // session no more. Whatever is younger than the news was begun since.
                 peer.path.reset();
+                let age = peer
+                    .tunnel
+                    .as_ref()
+                    .and_then(Tunn::time_since_last_handshake);
+                if peer.retry.is_none() && age.is_none_or(|age| age > NEWS) {
+                    peer.tunnel = None;
+                }
             }
             peer.sealed = None;
             peer.disco = node.disco_key;
@@ -915,7 +950,7 @@ impl Router {
             out.sends.push((To::Address(address), range.clone()));
         }
         if let Route::Relay | Route::Both(_) = route {
-            match peer.relay() {
+            match peer.relay(&self.relays) {
                 Some(relay) => out.sends.push((relay, range)),
                 None => trace!(peer = %peer.name, "no path and no relay: dropped"),
             }
@@ -932,7 +967,7 @@ impl Router {
             actions.clear();
             return;
         };
-        let relay = peer.relay();
+        let relay = peer.relay(&self.relays);
         let pair = peer
             .sealed
             .get_or_insert_with(|| disco::Pair::new(&self.disco, &key));
@@ -952,6 +987,7 @@ impl Router {
                     out.put(relay, &pair.seal(&call));
                 }
                 (Action::CallMeMaybe, _) => {}
+                (Action::LookAround, _) => self.lost_a_path = true,
             }
         }
     }
@@ -1305,6 +1341,27 @@ mod tests {
     }
 
     #[test]
+    fn a_peer_whose_home_cannot_be_used_is_answered_where_it_came_from() {
+        let mut world = World::new(false, |_| allow_all());
+        let mut netmap = Netmap {
+            myself: world.node(0),
+            peers: HashMap::from([(1, world.node(1))]),
+            ..Netmap::default()
+        };
+        netmap.peers.get_mut(&1).unwrap().home_derp = REGION + 1;
+        let changes = Changes {
+            peers: vec![1],
+            ..Changes::default()
+        };
+        let router = &mut world.hosts[0].router;
+        router.set_relays([REGION].into());
+        router.update(&netmap, &changes, world.now);
+        world.say(1, b"hello");
+        world.say(0, b"hello yourself");
+        assert_eq!(world.heard(1), [b"hello yourself"]);
+    }
+
+    #[test]
     fn one_way_policy_lets_answers_back_and_nothing_else() {
         // Host 1 lets host 0 in; host 0 lets nobody in.
         let mut world = World::new(true, |me| if me == 1 { allow_all() } else { Vec::new() });
@@ -1603,6 +1660,47 @@ mod tests {
         let question = packet::udp(SocketAddr::new(us, 5000), server, b"").unwrap();
         let question = Packet::parse(&question).unwrap();
         assert_eq!(router.question(&question, world.now), Taken::ForPeer(0));
+    }
+
+    #[test]
+    fn neighbours_bring_what_a_tunnel_would_and_no_more() {
+        let mut world = World::new(true, |_| allow_all());
+        world.hosts[1].router.prefer(Preferences {
+            accept: true,
+            advertise: vec!["10.2.0.0/24".parse().unwrap()],
+            ..Preferences::default()
+        });
+        let mut gateway = world.node(0);
+        let behind = "10.1.0.0/24".parse().unwrap();
+        gateway.allowed_ips = Some([&*gateway.addresses, &[behind]].concat());
+        let key = gateway.key;
+        let netmap = Netmap {
+            myself: world.node(1),
+            peers: [(0, gateway)].into(),
+            filters: BTreeMap::from([("base".to_owned(), allow_all())]),
+            ..Netmap::default()
+        };
+        let (peer, us) = (world.hosts[0].ip, world.hosts[1].ip);
+        let router = &mut world.hosts[1].router;
+        router.update(&netmap, &Changes::everything(), world.now);
+        let mut enters = |key: &NodePublicKey, src: IpAddr, dst: IpAddr| {
+            let (from, to) = (SocketAddr::new(src, 5), SocketAddr::new(dst, 6));
+            let bytes = packet::udp(from, to, b"").unwrap();
+            router.enter(key, &Packet::parse(&bytes).unwrap(), 1, world.now)
+        };
+        let [theirs, ours, nobodys] = [1, 2, 3].map(|net| IpAddr::from([10, net, 0, 9]));
+        for (src, dst, expected) in [
+            (peer, us, true),
+            (theirs, us, true),
+            (theirs, ours, true),
+            (ours, us, false),
+            (nobodys, us, false),
+            (peer, theirs, false),
+            (peer, nobodys, false),
+        ] {
+            assert_eq!(enters(&key, src, dst), expected, "{src} to {dst}");
+        }
+        assert!(!enters(&Keys::random().node.public, theirs, us));
     }
 
     #[test]

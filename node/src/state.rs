@@ -7,6 +7,7 @@ use std::{
     io::{self, Write},
     os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt},
     path::{Path, PathBuf},
+    time::SystemTime,
 };
 
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
@@ -19,14 +20,15 @@ use url::Url;
 
 use crate::netmap::Netmap;
 
-/// The keys that make a node itself.
+/// The keys that make a node itself. Their file's time of modification is that of
+/// [`Store::save_latest`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Keys {
     /// Names the machine to the control server. Never changes.
     pub machine: MachineKeyPair,
     /// Names the node to its peers, and is its WireGuard key. Changes when it expires.
     pub node: NodeKeyPair,
-    /// Seals path discovery. Kept over restarts, unlike in tailscaled: peers know the node by it
+    /// Seals path discovery. Kept over restarts while the clock goes forward, unlike in tailscaled: peers know the node by it
     /// while the control server, which would announce a new one, is away.
     pub disco: DiscoKeyPair,
 }
@@ -270,6 +272,28 @@ impl Store {
         )
     }
 
+    /// Keeps until when the node has run.
+    ///
+    /// # Errors
+    /// If it cannot be written.
+    pub fn save_latest(&self, time: SystemTime) -> Result<(), Error> {
+        // Of no other use, and cheap: nothing is written but the time.
+        let path = self.dir.join(KEYS);
+        let write = || {
+            let file = OpenOptions::new().write(true).open(&path)?;
+            file.set_modified(time)
+        };
+        write().map_err(|source| Error::Write {
+            path: path.clone(),
+            source,
+        })
+    }
+
+    /// Until when the node has run by what was kept last; `None`: it never has.
+    pub fn latest(&self) -> Option<SystemTime> {
+        fs::metadata(self.dir.join(KEYS)).ok()?.modified().ok()
+    }
+
     fn write(&self, name: &str, content: &impl Serialize) -> Result<(), Error> {
         let path = self.dir.join(name);
         self.write_whole(name, &path, content)
@@ -334,6 +358,8 @@ fn read(path: &Path) -> Result<Option<Vec<u8>>, Error> {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use chrono::Utc;
     use proptest::prelude::*;
     use tailnode_wire::tailcfg::{MapResponse, Node};
@@ -375,6 +401,19 @@ mod tests {
         let mut keys = store.keys().unwrap();
         keys.node = NodeKeyPair::random();
         store.save_keys(&keys).unwrap();
+        assert_eq!(store.keys().unwrap(), keys);
+    }
+
+    #[test]
+    fn it_is_known_until_when_a_node_ran() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path(), &server()).unwrap();
+        assert_eq!(store.latest(), None);
+        let keys = store.keys().unwrap();
+        assert!(store.latest().is_some());
+        let ahead = SystemTime::now() + Duration::from_secs(3600);
+        store.save_latest(ahead).unwrap();
+        assert_eq!(store.latest(), Some(ahead));
         assert_eq!(store.keys().unwrap(), keys);
     }
 

@@ -33,8 +33,8 @@ const DETACH: Duration = Duration::from_secs(3);
 /// After a control server did not let a node join in time, for how long other new nodes wait for it
 /// only [`SILENT_PATIENCE`]: while Podman's plugin waits, no other container of the host starts.
 const SILENT: Duration = Duration::from_secs(30);
-/// Longer than a server that is well takes.
-const SILENT_PATIENCE: Duration = Duration::from_secs(2);
+/// Longer than a server that is well takes: a Headscale nearby needs two seconds.
+const SILENT_PATIENCE: Duration = Duration::from_secs(4);
 
 /// For how long the status tells of a container that did not start because somebody must let it in.
 const WAITING: Duration = Duration::from_secs(3600);

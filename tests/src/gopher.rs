@@ -3,6 +3,7 @@ use std::{
     net::{IpAddr, SocketAddr},
     ops::Deref,
     path::Path,
+    process::Command,
     thread,
     time::Duration,
 };
@@ -11,7 +12,7 @@ use serde_json::Value;
 use tempfile::TempDir;
 
 use crate::{
-    Namespace, eventually,
+    NameServer, Namespace, eventually,
     program::{Process, ask, peer},
 };
 
@@ -33,7 +34,18 @@ impl Gopher {
         key: &str,
         name: &str,
     ) -> Result<Gopher, String> {
-        let mut gopher = Gopher::start(namespace, login_server);
+        Gopher::join_with(namespace, login_server, key, name, &[])
+    }
+
+    /// The same with variables in its environment.
+    pub fn join_with(
+        namespace: Namespace,
+        login_server: &str,
+        key: &str,
+        name: &str,
+        environment: &[(&str, &str)],
+    ) -> Result<Gopher, String> {
+        let mut gopher = Gopher::start(namespace, login_server, environment);
         let key = format!("--auth-key={key}");
         gopher.up(login_server, name, &[&key])?;
         gopher.learn_addresses()?;
@@ -47,7 +59,7 @@ impl Gopher {
         name: &str,
         open: impl FnOnce(&str),
     ) -> Result<Gopher, String> {
-        let mut gopher = Gopher::start(namespace, login_server);
+        let mut gopher = Gopher::start(namespace, login_server, &[]);
         thread::scope(|scope| {
             let up = scope.spawn(|| gopher.up(login_server, name, &[]));
             let mut page = String::new();
@@ -76,10 +88,42 @@ impl Gopher {
             .unwrap_or_else(|error| panic!("tailscale logout: {error}"));
     }
 
-    fn start(namespace: Namespace, login_server: &str) -> Gopher {
+    /// Locks the tailnet: from now on this client says who is in it, beginning with all who are.
+    pub fn lock(&self) {
+        let status = self.ask_of_lock(&["status", "--json"]);
+        let status: Value = serde_json::from_str(&status).expect("lock's status as JSON");
+        let key = status["PublicKey"].as_str().expect("the client's own key");
+        self.ask_of_lock(&["init", "--gen-disablements=1", "--confirm", key]);
+    }
+
+    /// Lets a node into a locked tailnet.
+    pub fn sign(&self, node_key: &str) {
+        self.ask_of_lock(&["sign", node_key]);
+    }
+
+    /// Its own key, by which peers know it.
+    pub fn node_key(&self) -> String {
+        let status = self.status().unwrap_or_default();
+        status["Self"]["PublicKey"]
+            .as_str()
+            .unwrap_or_default()
+            .to_owned()
+    }
+
+    fn ask_of_lock(&self, words: &[&str]) -> String {
+        self.tailscale(&[&["lock"], words].concat())
+            .unwrap_or_else(|error| panic!("tailscale lock {words:?}: {error}"))
+    }
+
+    fn start(namespace: Namespace, login_server: &str, environment: &[(&str, &str)]) -> Gopher {
         let directory = TempDir::new().expect("a directory for tailscaled");
+        let mut daemon = command(&namespace, &directory);
+        daemon.envs(environment.iter().copied());
+        if login_server.starts_with("http:") {
+            daemon.env("TS_DEBUG_USE_DERP_HTTP", "1");
+        }
         let gopher = Gopher {
-            _daemon: spawn(&namespace, &directory, login_server.starts_with("http:")),
+            _daemon: Process::spawn(daemon, directory.path().join("test.log")),
             namespace,
             addresses: Vec::new(),
             directory,
@@ -212,7 +256,7 @@ impl Deref for Gopher {
     }
 }
 
-fn spawn(namespace: &Namespace, directory: &TempDir, plain_relays: bool) -> Process {
+fn command(namespace: &Namespace, directory: &TempDir) -> Command {
     let path = directory.path();
     // It rewrites /etc/resolv.conf, and so has an /etc of its own.
     let etc = path.join("etc");
@@ -220,7 +264,7 @@ fn spawn(namespace: &Namespace, directory: &TempDir, plain_relays: bool) -> Proc
     for file in ["passwd", "group", "nsswitch.conf"] {
         fs::copy(Path::new("/etc").join(file), etc.join(file)).expect("fill its /etc");
     }
-    fs::write(etc.join("resolv.conf"), "").expect("write its resolv.conf");
+    fs::write(etc.join("resolv.conf"), NameServer::RESOLV_CONF).expect("write its resolv.conf");
     let mut command = namespace.command("unshare");
     command
         .args(["--mount", "sh", "-ec"])
@@ -234,8 +278,5 @@ fn spawn(namespace: &Namespace, directory: &TempDir, plain_relays: bool) -> Proc
         .arg("--socket")
         .arg(path.join("tailscaled.sock"))
         .env("TS_LOGS_DIR", path);
-    if plain_relays {
-        command.env("TS_DEBUG_USE_DERP_HTTP", "1");
-    }
-    Process::spawn(command, path.join("test.log"))
+    command
 }

@@ -6,11 +6,12 @@ use std::{
     time::Duration,
 };
 
+use chrono::{DateTime, SecondsFormat, Utc};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use crate::{
-    Site, Underlay, eventually,
+    NameServer, Site, Underlay, eventually,
     program::{Process, ask, peer},
 };
 
@@ -98,9 +99,10 @@ impl Headscale {
         self.ask(&["nodes", "approve-routes", &id, &routes]);
     }
 
-    /// Makes a node log in again: now, or at a time, as RFC 3339 writes it.
-    pub fn expire(&self, name: &str, at: Option<&str>) {
+    /// Makes a node log in again, now or at a time.
+    pub fn expire(&self, name: &str, at: Option<DateTime<Utc>>) {
         let id = format!("--identifier={}", self.id(name));
+        let at = at.map(|at| at.to_rfc3339_opts(SecondsFormat::Secs, true));
         let at = at.map(|at| format!("--expiry={at}"));
         let words = ["nodes", "expire", &id].into_iter().chain(at.as_deref());
         self.ask(&words.collect::<Vec<_>>());
@@ -180,7 +182,12 @@ fn configuration(directory: &Path, domain: &str, site: &Site) -> String {
         "policy": { "mode": "database" },
         "dns": {
             "magic_dns": true, "base_domain": domain, "override_local_dns": false,
-            "nameservers": { "global": [] },
+            "nameservers": {
+                "global": [], "split": { NameServer::OFFICE_ZONE: [NameServer::OFFICE] },
+            },
+            "extra_records": [
+                { "name": format!("wiki.{domain}"), "type": "A", "value": NameServer::WIKI },
+            ],
         },
         "derp": {
             "urls": [], "paths": [directory.join("derp.yaml")], "auto_update_enabled": false,

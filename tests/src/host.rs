@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use crate::{
-    Container, Namespace, Tailnet, Underlay, eventually,
+    Container, NameServer, Namespace, Tailnet, Underlay, WallClock, eventually,
     program::{Process, ask, is_empty, program},
 };
 
@@ -23,6 +23,8 @@ pub struct Host {
     /// Its place on the underlay.
     pub namespace: Namespace,
     arguments: Vec<&'static str>,
+    /// What its daemon takes for the time of day, where that is not the host's.
+    clock: Option<WallClock>,
     directory: TempDir,
 }
 
@@ -45,15 +47,26 @@ impl Host {
         key: &str,
         arguments: &[&'static str],
     ) -> Host {
-        Host::begin(underlay.host(), &tailnet.url(), Some(key), arguments)
+        Host::begin(None, underlay.host(), &tailnet.url(), Some(key), arguments)
     }
 
     /// The same, with any machine; without a key, somebody must open the login page of each node.
     pub fn start_in(namespace: Namespace, login_server: &str, key: Option<&str>) -> Host {
-        Host::begin(namespace, login_server, key, &[])
+        Host::begin(None, namespace, login_server, key, &[])
+    }
+
+    /// The same, with a daemon that goes by this clock.
+    pub fn start_by(
+        clock: Option<WallClock>,
+        namespace: Namespace,
+        login_server: &str,
+        key: Option<&str>,
+    ) -> Host {
+        Host::begin(clock, namespace, login_server, key, &[])
     }
 
     fn begin(
+        clock: Option<WallClock>,
         namespace: Namespace,
         login_server: &str,
         key: Option<&str>,
@@ -67,10 +80,11 @@ impl Host {
         });
         let text = format!("login-server = \"{login_server}\"\n{auth_key}");
         fs::write(&config, text).expect("write the daemon's configuration");
-        let daemon = spawn(&namespace, directory.path(), arguments);
+        let daemon = spawn(&namespace, clock.as_ref(), directory.path(), arguments);
         let host = Host {
             arguments: arguments.to_vec(),
             namespace,
+            clock,
             directory,
             daemon,
         };
@@ -216,13 +230,25 @@ impl Host {
 
     /// Starts the daemon again, with its state of before.
     pub fn restart(&mut self) {
-        self.daemon = spawn(&self.namespace, self.directory.path(), &self.arguments);
+        let directory = self.directory.path();
+        self.daemon = spawn(
+            &self.namespace,
+            self.clock.as_ref(),
+            directory,
+            &self.arguments,
+        );
         self.wait_until_it_answers();
     }
 
     /// Stops the daemon in its tracks, so that it takes requests and never answers.
     pub fn freeze(&mut self) {
         self.daemon.signal(Signal::SIGSTOP);
+    }
+
+    /// Sets its clock so many seconds ahead, or behind.
+    pub fn set_clock(&self, seconds: i64) {
+        let clock = self.clock.as_ref().expect("a host with a clock of its own");
+        clock.set(seconds);
     }
 
     /// How many descriptors the daemon has open.
@@ -247,9 +273,26 @@ impl Host {
     }
 }
 
-fn spawn(namespace: &Namespace, directory: &Path, arguments: &[&str]) -> Process {
-    let mut command = namespace.command(program("tailnoded"));
-    command.args(arguments);
+fn spawn(
+    namespace: &Namespace,
+    clock: Option<&WallClock>,
+    directory: &Path,
+    arguments: &[&str],
+) -> Process {
+    // It asks the underlay's name server, and never those of the machine that runs the tests.
+    let resolv_conf = directory.join("resolv.conf");
+    fs::write(&resolv_conf, NameServer::RESOLV_CONF).expect("write its resolv.conf");
+    let mut command = namespace.command("unshare");
+    command
+        .args(["--mount", "sh", "-ec"])
+        .arg("mount --bind \"$1\" /etc/resolv.conf; shift; exec \"$@\"")
+        .arg("sh")
+        .arg(resolv_conf)
+        .arg(program("tailnoded"))
+        .args(arguments);
+    if let Some(clock) = clock {
+        clock.rule(&mut command);
+    }
     for (flag, path) in [
         ("--config", "config.toml"),
         ("--state", "state"),

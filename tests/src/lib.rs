@@ -14,27 +14,38 @@
 
 mod authority;
 mod container;
+mod crowd;
 mod derper;
 mod gopher;
 mod headscale;
 mod host;
+mod name_server;
 mod namespace;
 mod program;
+mod proxy;
 mod site;
 mod tailnet;
 mod testcontrol;
 mod traffic;
 mod underlay;
+mod wall_clock;
+mod wire;
 
 pub use authority::Authority;
 pub use container::Container;
+pub use crowd::Crowd;
 pub use derper::Derper;
 pub use gopher::Gopher;
 pub use headscale::Headscale;
 pub use host::Host;
+pub use name_server::NameServer;
 pub use namespace::Namespace;
 pub use program::eventually;
+pub use proxy::{Mischief, Proxy};
 pub use site::Site;
 pub use tailnet::Tailnet;
 pub use testcontrol::Testcontrol;
+pub use traffic::{Delivery, Flow, noise};
 pub use underlay::{Nat, Underlay};
+pub use wall_clock::WallClock;
+pub use wire::Wire;

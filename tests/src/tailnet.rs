@@ -4,7 +4,7 @@ use serde_json::Value;
 use tempfile::TempDir;
 
 use crate::{
-    Site, Underlay, eventually,
+    NameServer, Site, Underlay, eventually,
     program::{Process, program},
 };
 
@@ -169,11 +169,14 @@ impl Tailnet {
 }
 
 fn spawn(underlay: &Underlay, port: u16, domain: &str, site: &Site, state: &TempDir) -> Process {
+    let (zone, office) = (NameServer::OFFICE_ZONE, NameServer::OFFICE);
     let mut command = underlay.router.command(program("tailnode-control"));
     command
         .args(["serve", "--url", &url(site, port), "--domain", domain])
         .args(["--listen", &format!("{}:{port}", Underlay::ROUTER)])
         .args(["--stun", &format!("{}:{}", Underlay::ROUTER, port + 1)])
+        .arg(format!("--record=wiki.{domain}={}", NameServer::WIKI))
+        .arg(format!("--split-dns={zone}={office}"))
         .arg("--state")
         .arg(state.path());
     if let Some((cert, key)) = &site.https {

@@ -9,10 +9,12 @@
 //! | [`noise`] | ts2021: the encrypted channel under HTTP/2 | control/controlbase |
 //! | [`disco`] | path discovery between peers | disco/disco.go |
 //! | [`derp`] | the relay's frames | derp/derp.go |
+//! | [`lock`] | tailnet lock: the chain of trust, and nodes' signatures | tka |
 //! | [`stun`] | binding requests and responses | RFC 8489 |
 
 pub mod derp;
 pub mod disco;
+pub mod lock;
 pub mod noise;
 pub mod stun;
 pub mod tailcfg;

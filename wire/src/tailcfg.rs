@@ -852,6 +852,28 @@ go_struct! {
 }
 
 go_struct! {
+    /// Answer to `/machine/tka/bootstrap`.
+    pub struct TkaBootstrapResponse {
+        /// The first update, base64.
+        #[serde(rename = "GenesisAUM")]
+        pub genesis_aum: String,
+        /// What proves that lock was ended, base64.
+        pub disablement_secret: String,
+    }
+}
+
+go_struct! {
+    /// Answer to `/machine/tka/sync/offer`.
+    pub struct TkaSyncOfferResponse {
+        /// Hash of the server's newest update.
+        pub head: String,
+        /// Updates that the node does not have, base64, each after the one that it follows on.
+        #[serde(rename = "MissingAUMs")]
+        pub missing_aums: Vec<String>,
+    }
+}
+
+go_struct! {
     /// Instructions of the control server for debugging.
     pub struct Debug {
         /// Sleep that long before doing anything else.

@@ -65,6 +65,14 @@ func administered(server *testcontrol.Server) http.Handler {
 		}
 	})
 
+	// Marks a node as one that tailnet lock does not cover.
+	mux.HandleFunc("POST /admin/unsigned", func(w http.ResponseWriter, r *http.Request) {
+		for _, node := range named(server, r) {
+			server.SetUnsignedPeerAPIOnly(node.Key, true)
+			server.UpdateNode(node)
+		}
+	})
+
 	// The next registrations (?count=) are put off by so many seconds (?seconds=).
 	var limited atomic.Int64
 	var seconds atomic.Value

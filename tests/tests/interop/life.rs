@@ -1,4 +1,12 @@
-use std::{env, net::IpAddr, thread, time::Duration};
+use std::{
+    env,
+    net::IpAddr,
+    thread,
+    time::{Duration, Instant},
+};
+
+use chrono::{TimeDelta, Utc};
+use serde_json::json;
 
 use crate::scene::*;
 
@@ -13,6 +21,15 @@ pub const CASES: &[Case] = &[
     ("life.server-restart", WITH_KEYS, server_restart),
     ("life.server-away", ALL, server_away),
     ("life.start-offline", ALL, start_offline),
+    ("life.stream-cut", ALL, stream_cut),
+    ("life.stream-garbled", ALL, stream_garbled),
+    ("life.stream-stalled", &[C], stream_stalled),
+    ("life.crowd", ALL, crowd),
+    ("life.clock-jumps", ALL, clock_jumps),
+    ("life.clock-back", ALL, clock_back),
+    ("life.clock-wrong", &[H], clock_wrong),
+    ("life.server-speaks", &[T], server_speaks),
+    ("life.server-limits", &[T], server_limits),
 ];
 
 /// A key that still opens the door does so when the node's own key expires.
@@ -238,4 +255,180 @@ fn start_offline(server: Server) {
     same_bytes(&web, &gopher, 100_000);
     scene.underlay.hear_servers();
     within(60, "the node is back", || web.state() == "running");
+}
+
+fn stream_cut(server: Server) {
+    mischief(server, Mischief::Cut, 20);
+}
+
+fn stream_garbled(server: Server) {
+    mischief(server, Mischief::Garble, 20);
+}
+
+fn stream_stalled(server: Server) {
+    // An HTTP/2 ping goes unanswered: after 45 s it is sent, and waited for 20 s.
+    mischief(server, Mischief::Stall, 90);
+}
+
+/// The map stream suffers in the middle of a message, which is not lost.
+fn mischief(server: Server, mischief: Mischief, seconds: u64) {
+    let scene = Scene::new(server);
+    let proxy = Proxy::start(&scene.underlay, PORT);
+    let key = scene.key(&["--reusable"]);
+    let web = Ours::join(scene.host(), &proxy.url(), &key, "web").unwrap();
+    let gopher = scene.gopher("gopher", &key, scene.host());
+    direct(&web, &gopher);
+    let mut talk = Talk::begin(&web, &gopher, gopher.addresses[0]);
+    let resolver = MAGIC_DNS.parse().unwrap();
+    for (old, new) in [("gopher", "badger"), ("badger", "gopher")] {
+        // In testcontrol, nodes keep their host's name.
+        let old = if matches!(server, T) { "gopher" } else { old };
+        proxy.does(mischief);
+        scene.rename(old, new);
+        let name = format!("{new}.{DOMAIN}");
+        within(seconds, &format!("{name} is heard of"), || {
+            talk.goes_on(1000);
+            web.resolve(resolver, &name).as_ref() == Ok(&gopher.addresses)
+        });
+        assert!(proxy.is_done());
+        let peers = web.node()["peers"].as_array().map(Vec::len);
+        assert_eq!(peers, Some(1));
+        if matches!(mischief, Mischief::Stall) {
+            break;
+        }
+    }
+    within(5, "the node runs", || web.state() == "running");
+    talk.goes_on(1_000_000);
+}
+
+/// A large tailnet whose members come, move and go.
+fn crowd(server: Server) {
+    // Headscale keeps keys by bcrypt, and so takes half a second for every node that joins.
+    let count = if matches!(server, H) { 50 } else { 1000 };
+    let scene = Scene::new(server);
+    let (web, gopher) = scene.pair(scene.host(), scene.host());
+    direct(&web, &gopher);
+    let mut talk = Talk::begin(&web, &gopher, gopher.addresses[0]);
+    let outside = scene.host();
+    let peers = |web: &Ours| web.node()["peers"].as_array().map_or(0, Vec::len);
+    let mut crowd = Crowd::join(&outside, PORT, &scene.key(&["--reusable"]), count);
+    within(60, "all have come", || peers(&web) == count + 1);
+    talk.goes_on(100_000);
+    crowd.move_house(&outside);
+    talk.goes_on(100_000);
+    let mut left = count;
+    // There, nobody can leave.
+    if !matches!(server, T) {
+        left = count / 2;
+        crowd.shrink_to(&outside, left);
+        within(60, "half have gone", || peers(&web) == left + 1);
+        talk.goes_on(100_000);
+    }
+    same_bytes(&web, &gopher, 1_000_000);
+    let web = web.restarted().unwrap();
+    within(30, "all are known again", || peers(&web) == left + 1);
+    reach(&web, &gopher.addresses);
+    reach(&gopher, &web.addresses);
+}
+
+const DAY: i64 = 24 * 3600;
+
+/// A scene's pair, of which our host has a clock that can be set.
+fn clocked(scene: &Scene) -> (Ours, Gopher) {
+    let key = scene.key(&["--reusable"]);
+    let host = Host::start_by(
+        Some(WallClock::new()),
+        scene.host(),
+        &scene.url(),
+        Some(&key),
+    );
+    let web = Ours::attach(host, Container::new("web")).unwrap();
+    let gopher = scene.gopher("gopher", &key, scene.host());
+    direct(&web, &gopher);
+    (web, gopher)
+}
+
+/// The time of day is set forth and back while the node runs.
+fn clock_jumps(server: Server) {
+    let scene = Scene::new(server);
+    let (web, gopher) = clocked(&scene);
+    let mut talk = Talk::begin(&web, &gopher, gopher.addresses[0]);
+    for seconds in [DAY, -DAY, 400 * DAY, 0] {
+        web.host.set_clock(seconds);
+        talk.goes_on(100_000);
+        same_bytes(&web, &gopher, 100_000);
+        assert_eq!(web.state(), "running");
+    }
+}
+
+/// The time of day is set back while the node is down: WireGuard takes only handshakes that are
+/// newer than those before.
+fn clock_back(server: Server) {
+    let scene = Scene::new(server);
+    let (web, gopher) = clocked(&scene);
+    let mut web = web;
+    for seconds in [-DAY, -2 * DAY] {
+        web.host.set_clock(seconds);
+        web = web.restarted().unwrap();
+        arrives(&web, &gopher, gopher.addresses[0], 5);
+        same_bytes(&web, &gopher, 100_000);
+    }
+}
+
+/// Keys expire by the server's clock, however wrong ours is.
+fn clock_wrong(server: Server) {
+    let scene = Scene::new(server);
+    let Control::Headscale(headscale) = &scene.control else {
+        panic!("only Headscale says when a key will expire");
+    };
+    let (web, gopher) = clocked(&scene);
+    let expire_in =
+        |seconds| headscale.expire("gopher", Some(Utc::now() + TimeDelta::seconds(seconds)));
+    web.host.set_clock(DAY);
+    expire_in(3600);
+    thread::sleep(Duration::from_secs(3));
+    reach(&web, &gopher.addresses);
+    web.host.set_clock(-DAY);
+    expire_in(5);
+    within(60, "we send nothing more", || {
+        !passes(&web, gopher.addresses[0])
+    });
+}
+
+/// What the server has to say is shown, and what it asks is answered.
+fn server_speaks(server: Server) {
+    let scene = Scene::new(server);
+    let (web, gopher) = scene.pair(scene.host(), scene.host());
+    direct(&web, &gopher);
+    let answer = scene.administer("ping?node=web", "");
+    assert_eq!(answer.trim(), "501", "the node has services for servers?");
+
+    let message = json!({
+        "Health": ["the moon is full"],
+        "DisplayMessages": { "terms": { "Title": "New terms", "Text": "they are long" } },
+        "Debug": { "Exit": 7, "DisableLogTail": true },
+    });
+    scene.administer("tell?node=web", &message.to_string());
+    within(10, "the status shows it", || {
+        let status = web.host.tailnode(&["status"]).unwrap();
+        status.contains("the moon is full") && status.contains("New terms: they are long")
+    });
+    within(5, "the log shows it", || {
+        web.host.log().contains("exit is ignored")
+    });
+    same_bytes(&web, &gopher, 1000);
+}
+
+/// A server that has too much to do is not pressed.
+fn server_limits(server: Server) {
+    let scene = Scene::new(server);
+    scene.administer("limit?count=2&seconds=2", "");
+    let began = Instant::now();
+    let web = scene.ours("web", &scene.key(&[]), scene.host());
+    let took = began.elapsed();
+    assert!(
+        took >= Duration::from_secs(4),
+        "it came back after {took:?}"
+    );
+    assert_eq!(web.state(), "running");
 }

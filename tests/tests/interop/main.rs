@@ -9,9 +9,11 @@
     reason = "a case reports by panicking, and not only in its own body"
 )]
 
+mod bytes;
 mod direct;
 mod join;
 mod life;
+mod lock;
 mod names;
 mod policy;
 mod relay;
@@ -40,7 +42,9 @@ const GROUPS: &[&[Case]] = &[
     names::CASES,
     policy::CASES,
     routes::CASES,
+    bytes::CASES,
     life::CASES,
+    lock::CASES,
 ];
 
 /// Cases that would begin later than this do not, and have failed.

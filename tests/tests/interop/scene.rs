@@ -5,13 +5,17 @@ use std::{
     io::{Read, Write},
     net::{IpAddr, Ipv4Addr, TcpStream, UdpSocket},
     ops::Deref,
+    thread,
     time::Duration,
 };
 
 use serde_json::{Value, json};
-use tailnode_tests::{Authority, Derper, Headscale, Host, Site, Tailnet, Testcontrol, eventually};
+use tailnode_tests::{Authority, Derper, Headscale, Site, Tailnet, Testcontrol, eventually};
 
-pub use tailnode_tests::{Container, Gopher, Namespace, Underlay};
+pub use tailnode_tests::{
+    Container, Crowd, Delivery, Flow, Gopher, Host, Mischief, NameServer, Namespace, Proxy,
+    Underlay, WallClock, Wire, noise,
+};
 
 /// A case with the servers that it is true under.
 pub type Case = (&'static str, &'static [Server], fn(Server));
@@ -110,7 +114,7 @@ impl Scene {
         authority: Option<Authority>,
     ) -> Scene {
         let control = match server {
-            C => Control::Ours(Tailnet::start_as(&underlay, 8080, DOMAIN, site)),
+            C => Control::Ours(Tailnet::start_as(&underlay, PORT, DOMAIN, site)),
             H => Control::Headscale(Headscale::start(&underlay, DOMAIN, site)),
             T => {
                 let authority = authority.as_ref();
@@ -179,7 +183,12 @@ impl Scene {
         let rules = allowed
             .iter()
             .map(|(src, dst)| json!({ "action": "accept", "src": [src], "dst": [dst] }));
-        let policy = json!({ "acls": rules.collect::<Vec<_>>() }).to_string();
+        self.enforce(&json!({ "acls": rules.collect::<Vec<_>>() }));
+    }
+
+    /// Replaces the policy by this one, a file of Tailscale's form.
+    pub fn enforce(&self, policy: &Value) {
+        let policy = policy.to_string();
         match &self.control {
             Control::Ours(server) => server.set_policy(&policy),
             Control::Headscale(server) => server.set_policy(&policy),
@@ -434,6 +443,8 @@ impl Deref for Ours {
     }
 }
 
+/// Where all servers listen on the router.
+pub const PORT: u16 = 8080;
 pub const DOMAIN: &str = "demo.internal";
 /// Code of the region of [`Scene::relay`].
 pub const SECOND: &str = "second";
@@ -502,12 +513,36 @@ pub fn same_bytes(web: &Ours, gopher: &Gopher, count: u32) {
 
 pub fn exchange(from: &Namespace, to: &Namespace, address: IpAddr, count: u32) {
     const PORT: u16 = 8000;
-    let bytes: Vec<u8> = (0..count).map(|number| (number % 251) as u8).collect();
+    let bytes = noise(1, count as usize);
     to.echo(PORT).unwrap();
     let answer = from
         .send((address, PORT).into(), &bytes)
         .unwrap_or_else(|error| panic!("{count} bytes to {address}: {error}"));
     assert!(answer == bytes, "{address} returned other bytes");
+}
+
+/// A stream from here to there and back that lasts until it is dropped; it has begun to flow.
+pub fn flow(from: &Namespace, to: &Namespace, address: IpAddr, port: u16) -> Flow {
+    to.echo(port).unwrap();
+    let flow = from.flow((address, port).into()).unwrap();
+    flows(&flow, 10);
+    flow
+}
+
+/// More bytes of the stream return within so many seconds.
+pub fn flows(flow: &Flow, seconds: u64) {
+    // More than what may be under way already.
+    let enough = flow.returned() + 1_000_000;
+    within(seconds, "bytes flow", || flow.returned() > enough);
+}
+
+/// No bytes of the stream return any more, within so many seconds.
+pub fn stops(flow: &Flow, seconds: u64) {
+    within(seconds, "no bytes flow", || {
+        let before = flow.returned();
+        thread::sleep(Duration::from_secs(1));
+        flow.returned() == before
+    });
 }
 
 /// A connection by TCP to an echo, which lasts.
