@@ -181,6 +181,11 @@ fn advertise(server: Server) {
     for client in [&gopher as &Namespace, &web] {
         lan.is_reached(client);
     }
+    // On the same host, too, where nodes need no tunnel.
+    let near = Container::new("near");
+    let options = json!({ "accept-routes": "true" });
+    router.host.attach_to(&near, "tailnet", options).unwrap();
+    lan.is_reached(&near);
     // Headscale does not tell a router what was approved until it connects again.
     if !matches!(server, H) {
         within(10, "the router knows that it is one", || {
