@@ -5,6 +5,8 @@
 # Finds cargo although sudo resets PATH, and leaves no files of root's in the tree.
 cargo := integration/cargo
 tools := target/tools
+# What the tests build networks with.
+networks := integration/need ip:iproute2 tc:iproute2 nft:nftables sysctl:procps
 
 help: ## show this
 	@sed -nE 's/^([a-z]+):.*## (.*)/make \1|\2/p' Makefile | column -t -s '|'
@@ -23,6 +25,7 @@ units:
 	$(cargo) test --no-fail-fast --workspace
 
 namespaces:
+	@$(networks)
 	@# Built as the tree's owner, run as root.
 	@set -e; $(cargo) build --workspace --bins; failed=; \
 	for test in $$($(cargo) test -p tailnode-tests --no-run --message-format=json | sed -nE 's/.*"executable":"([^"]+)".*/\1/p'); do \
@@ -34,6 +37,7 @@ engines:
 
 interop: ## (root) our nodes with the programs of others: Tailscale's client and test server, Headscale
 	@[ "$$(id -u)" = 0 ] || { echo "make interop: run me as root (sudo make interop)" >&2; exit 1; }
+	@$(networks)
 	@integration/peers/build >/dev/null
 	@set -e; $(cargo) build --workspace --bins; \
 	test=$$($(cargo) test -p tailnode-tests --test interop --no-run --message-format=json | sed -nE 's/.*"executable":"([^"]+)".*/\1/p'); \
@@ -50,7 +54,7 @@ check: $(tools)/bin/cargo-deny $(tools)/bin/cargo-machete ## format, lints, lice
 		echo "make check: the advisory database cannot be reached: advisories are NOT checked" >&2; \
 		$(cargo) deny --log-level error check bans licenses sources; \
 	fi
-	shellcheck --external-sources integration/lab integration/cargo integration/demo integration/engines integration/cases/* integration/peers/build packaging/install .ci/run
+	shellcheck --external-sources integration/need integration/lab integration/cargo integration/demo integration/engines integration/cases/* integration/peers/build packaging/install .ci/run
 
 $(tools)/bin/cargo-deny:
 	$(cargo) install --quiet --locked --debug --root $(tools) cargo-deny@0.20.2

@@ -117,6 +117,7 @@ fn peer(peer: &PeerStatus) -> Vec<String> {
     let path = match &peer.path {
         PeerPath::Idle if peer.online == Some(false) => "offline".into(),
         PeerPath::Idle => "idle".into(),
+        PeerPath::Local => "local".into(),
         PeerPath::Direct { address } => format!("direct {address}"),
         PeerPath::Relay { region } => format!("relay \"{region}\""),
     };

@@ -3,8 +3,8 @@
 //! For one host, a LAN, CI or an air-gapped site: nodes join with an auth key or by approval at
 //! the command line, get addresses and names, see those peers that a policy lets them talk to, and
 //! reach each other directly or by the relay. `tailscaled` joins it as well as our own nodes do.
-//! It is no replacement for Headscale or Tailscale: there is one tailnet, no web login, no TLS of
-//! its own, no Tailscale SSH, Serve, Taildrop policy or tailnet lock, and one relay.
+//! It is no replacement for Headscale or Tailscale: there is one tailnet, no web login, no Tailscale
+//! SSH, Serve, Taildrop policy or tailnet lock.
 //!
 //! ```no_run
 //! # async fn example() -> Result<(), tailnode_control_server::Error> {
@@ -26,6 +26,7 @@
 //! | `store` | SQLite |
 //! | `machine` | `/machine/register`, `/machine/map` |
 //! | `web` | the HTTP listener |
+//! | `tls` | HTTPS |
 //! | `relay` | DERP |
 //! | [`admin`] | the command line's way in |
 
@@ -55,11 +56,13 @@ mod policy;
 mod relay;
 mod store;
 mod tailnet;
+mod tls;
 mod web;
 
 pub use policy::{Policy, PolicyError};
 pub use store::AuthKey;
 pub use tailnet::{KeySpec, NodeSummary};
+pub use tls::TlsFiles;
 
 use crate::{
     relay::Relay,
@@ -87,6 +90,10 @@ pub struct Config {
     pub domain: String,
     /// The policy file; `None`: what `policy set` said last, or everything is allowed.
     pub policy: Option<PathBuf>,
+    /// The certificate to serve HTTPS with; `None`: plain HTTP.
+    pub tls: Option<TlsFiles>,
+    /// Further relays, in the form of `tailcfg.DERPMap`; `None`: this server is the only one.
+    pub derp_map: Option<PathBuf>,
 }
 
 impl Config {
@@ -99,6 +106,8 @@ impl Config {
             state: state.into(),
             domain: DEFAULT_DOMAIN.to_owned(),
             policy: None,
+            tls: None,
+            derp_map: None,
         }
     }
 }
@@ -145,6 +154,27 @@ pub enum Error {
     /// The URL has no host.
     #[error("the server's URL {0} has no host; give it as --url http://HOST:PORT")]
     NoHost(Url),
+    /// The URL says plain HTTP.
+    #[error(
+        "the server's URL {0} is for plain http, but it has a certificate; give it as --url https://HOST:PORT"
+    )]
+    NotHttps(Url),
+    /// The certificate or its key.
+    #[error("TLS file {}: {reason}; --tls-cert and --tls-key name PEM files that belong together", path.display())]
+    Tls {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        reason: String,
+    },
+    /// The map of further relays.
+    #[error("DERP map {}: {reason}; it should look like {{\"Regions\": {{\"901\": {{\"RegionID\": 901, \"RegionCode\": \"fra\", \"Nodes\": [{{\"Name\": \"901a\", \"RegionID\": 901, \"HostName\": \"derp.example.com\"}}]}}}}}}", path.display())]
+    DerpMap {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        reason: String,
+    },
     /// The policy file.
     #[error("policy file {}: {source}", path.display())]
     PolicyFile {
@@ -242,6 +272,7 @@ impl Server {
         let store = Store::open(&config.state)?;
         let identity = store.identity()?;
         let policy = config.policy.as_deref().map(read_policy).transpose()?;
+        let tls = config.tls.as_ref().map(tls::acceptor).transpose()?;
 
         let http = TcpListener::bind(config.listen)
             .await
@@ -258,9 +289,19 @@ impl Server {
             .map_err(Error::Serve)?;
         let url = match config.url {
             Some(url) => url,
-            None => format!("http://{http_addr}").parse().map_err(Error::Url)?,
+            None => {
+                let scheme = if tls.is_some() { "https" } else { "http" };
+                let url = format!("{scheme}://{http_addr}");
+                url.parse().map_err(Error::Url)?
+            }
         };
-        let derp_map = derp_map(&url, stun_addr)?;
+        if tls.is_some() && url.scheme() == "http" {
+            return Err(Error::NotHttps(url));
+        }
+        let mut derp_map = derp_map(&url, stun_addr)?;
+        if let Some(path) = &config.derp_map {
+            add_regions(&mut derp_map, path)?;
+        }
         let domain = config.domain.trim_matches('.').to_ascii_lowercase();
         store.set_domain(&domain)?;
         let tailnet_site = Site {
@@ -282,7 +323,7 @@ impl Server {
             stop: CancellationToken::new(),
         });
         let mut tasks = JoinSet::new();
-        tasks.spawn(web::serve(http, Arc::clone(&site)));
+        tasks.spawn(web::serve(http, tls, Arc::clone(&site)));
         tasks.spawn(admin::serve(
             admin,
             Arc::clone(&tailnet),
@@ -413,6 +454,38 @@ fn derp_map(url: &Url, stun: Option<SocketAddr>) -> Result<DerpMap, Error> {
         regions: [(DERP_REGION, region)].into(),
         omit_default_regions: true,
     })
+}
+
+/// Adds the regions of a file to those of the map. It is read as Tailscale's policy reads its
+/// `derpMap`: a region replaces ours of the same number, and `OmitDefaultRegions` leaves ours out.
+fn add_regions(map: &mut DerpMap, path: &Path) -> Result<(), Error> {
+    let bad = |reason: String| Error::DerpMap {
+        path: path.to_owned(),
+        reason,
+    };
+    let text = std::fs::read_to_string(path).map_err(|error| bad(error.to_string()))?;
+    let further: DerpMap =
+        serde_json::from_str(&policy::to_json(&text)).map_err(|error| bad(error.to_string()))?;
+    if further.regions.is_empty() {
+        return Err(bad("it has no Regions".into()));
+    }
+    for (id, region) in &further.regions {
+        let wrong = |what: &str| Err(bad(format!("region {id} {what}")));
+        if region.region_id != *id {
+            return wrong("has another number as its RegionID");
+        }
+        if region.nodes.is_empty() {
+            return wrong("has no Nodes");
+        }
+        if region.nodes.iter().any(|node| node.host_name.is_empty()) {
+            return wrong("has a node without HostName");
+        }
+    }
+    if further.omit_default_regions {
+        map.regions.clear();
+    }
+    map.regions.extend(further.regions);
+    Ok(())
 }
 
 /// Tells everyone who asks by STUN where the question came from.

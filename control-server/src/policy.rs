@@ -567,7 +567,7 @@ impl Policy {
 
 /// HuJSON to JSON. Comments and trailing commas become spaces, so that the line and column of an
 /// error stay those of the file.
-fn to_json(text: &str) -> String {
+pub(crate) fn to_json(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
     // Where in `out` the last comma is, while only space has come after it.
     let mut comma = None;

@@ -24,10 +24,11 @@ use tailnode_wire::{
     tailcfg::OverTlsPublicKeyResponse,
 };
 use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
+    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
     net::{TcpListener, TcpStream},
     time::timeout,
 };
+use tokio_rustls::TlsAcceptor;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{machine, relay::Relay, tailnet::Tailnet};
@@ -41,6 +42,9 @@ const DERP_REQUEST: &[u8] = b"GET /derp HTTP/1.1\r\n";
 /// Captive portal detection: the answer must prove that it is not a portal's.
 const CHALLENGE: &str = "x-tailscale-challenge";
 const CHALLENGE_ANSWER: &str = "x-tailscale-response";
+
+/// Why a connection ended early.
+type Failure = Box<dyn std::error::Error + Send + Sync>;
 
 /// What all connections share.
 pub(crate) struct Site {
@@ -61,14 +65,14 @@ impl Site {
 }
 
 /// Serves until it is dropped.
-pub(crate) async fn serve(listener: TcpListener, site: Arc<Site>) {
+pub(crate) async fn serve(listener: TcpListener, tls: Option<TlsAcceptor>, site: Arc<Site>) {
     let router = router(Arc::clone(&site));
     loop {
         match listener.accept().await {
             Ok((connection, peer)) => {
-                let (router, shared) = (router.clone(), Arc::clone(&site));
+                let (router, tls, shared) = (router.clone(), tls.clone(), Arc::clone(&site));
                 site.spawn(async move {
-                    if let Err(error) = converse(connection, router, &shared).await {
+                    if let Err(error) = greet(connection, tls, router, &shared).await {
                         tracing::debug!(%peer, "connection ended: {error}");
                     }
                 });
@@ -82,16 +86,41 @@ pub(crate) async fn serve(listener: TcpListener, site: Arc<Site>) {
     }
 }
 
-/// DERP may be wanted without an HTTP answer, which hyper cannot leave out; so the first
-/// request's head is looked at before hyper gets it.
-async fn converse(
-    mut connection: TcpStream,
+/// Secures the connection, where that is how we serve.
+async fn greet(
+    connection: TcpStream,
+    tls: Option<TlsAcceptor>,
     router: Router,
     site: &Site,
-) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+) -> Result<(), Failure> {
     connection.set_nodelay(true)?;
+    match tls {
+        None => {
+            let (reader, writer) = connection.into_split();
+            converse(reader, writer, router, site).await
+        }
+        Some(tls) => {
+            let connection = timeout(PATIENCE, tls.accept(connection)).await??;
+            let (reader, writer) = tokio::io::split(connection);
+            converse(reader, writer, router, site).await
+        }
+    }
+}
+
+/// DERP may be wanted without an HTTP answer, which hyper cannot leave out; so the first
+/// request's head is looked at before hyper gets it.
+async fn converse<R, W>(
+    mut reader: R,
+    mut writer: W,
+    router: Router,
+    site: &Site,
+) -> Result<(), Failure>
+where
+    R: AsyncRead + Unpin + Send + 'static,
+    W: AsyncWrite + Unpin + Send + 'static,
+{
     let mut seen = Vec::new();
-    let head_end = timeout(PATIENCE, read_head(&mut connection, &mut seen)).await??;
+    let head_end = timeout(PATIENCE, read_head(&mut reader, &mut seen)).await??;
     if let Some((head, early)) = head_end.and_then(|end| seen.split_at_checked(end))
         && let Some(fast) = derp_upgrade(head)
     {
@@ -103,14 +132,12 @@ async fn converse(
                 derp::UPGRADE,
                 derp::VERSION,
             );
-            connection.write_all(answer.as_bytes()).await?;
+            writer.write_all(answer.as_bytes()).await?;
         }
-        let (reader, writer) = connection.into_split();
         let reader = io::Cursor::new(early.to_vec()).chain(reader);
         let is_member = |key: &_| site.tailnet.state().has_key(key);
         return Ok(site.relay.serve(reader, writer, is_member).await?);
     }
-    let (reader, writer) = connection.into_split();
     let io = tokio::io::join(io::Cursor::new(seen).chain(reader), writer);
     http1::Builder::new()
         .timer(TokioTimer::new())
@@ -123,7 +150,10 @@ async fn converse(
 
 /// Reads until the end of the first request's head and says where that is; `None`: this is not a
 /// request for DERP, and hyper is to read on.
-async fn read_head(connection: &mut TcpStream, seen: &mut Vec<u8>) -> io::Result<Option<usize>> {
+async fn read_head(
+    connection: &mut (impl AsyncRead + Unpin),
+    seen: &mut Vec<u8>,
+) -> io::Result<Option<usize>> {
     loop {
         let len = connection.read_buf(seen).await?;
         let known = seen.len().min(DERP_REQUEST.len());

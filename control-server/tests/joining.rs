@@ -6,7 +6,7 @@
     reason = "clippy takes the fixtures of an integration test for ordinary code"
 )]
 
-use std::{net::SocketAddr, time::Duration};
+use std::{fs, net::SocketAddr, sync::Arc, time::Duration};
 
 use bytes::{Buf, Bytes, BytesMut};
 use futures_util::{SinkExt, StreamExt};
@@ -14,7 +14,7 @@ use http_body_util::{BodyExt, Full};
 use hyper::{Request, StatusCode, body::Incoming, client::conn::http2};
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use tailnode_control_server::{
-    Config, DERP_REGION, KeySpec, Server,
+    Config, DERP_REGION, KeySpec, Server, TlsFiles,
     admin::{self, Answer},
 };
 use tailnode_wire::{
@@ -662,4 +662,122 @@ async fn a_key_can_be_made_with_and_without_a_running_server() {
     let delete = admin::Request::DeleteNode { id: 7 };
     let refused = admin::ask(dir, delete).await.unwrap_err();
     assert!(refused.to_string().contains("no node 7"), "{refused}");
+}
+
+#[tokio::test]
+async fn https_is_served_where_there_is_a_certificate() {
+    let dir = tempfile::tempdir().unwrap();
+    let made = rcgen::generate_simple_self_signed(["127.0.0.1".to_owned()]).unwrap();
+    let files = TlsFiles {
+        cert: dir.path().join("server.crt"),
+        key: dir.path().join("server.key"),
+    };
+    fs::write(&files.cert, made.cert.pem()).unwrap();
+    fs::write(&files.key, made.signing_key.serialize_pem()).unwrap();
+    let config = |files: &TlsFiles| Config {
+        tls: Some(files.clone()),
+        ..Config::new(dir.path())
+    };
+    let server = Server::start(config(&files)).await.unwrap();
+    assert_eq!(server.url().scheme(), "https");
+
+    let mut roots = rustls::RootCertStore::empty();
+    roots.add(made.cert.der().clone()).unwrap();
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let client = rustls::ClientConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .with_root_certificates(roots)
+        .with_no_client_auth();
+    let tcp = TcpStream::connect(server.url().socket_addrs(|| None).unwrap()[0]);
+    let connector = tokio_rustls::TlsConnector::from(Arc::new(client));
+    let name = "127.0.0.1".try_into().unwrap();
+    let mut tls = connector.connect(name, tcp.await.unwrap()).await.unwrap();
+    let request = b"GET /key?v=113 HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n";
+    tls.write_all(request).await.unwrap();
+    let mut answer = String::new();
+    soon(tls.read_to_string(&mut answer)).await.unwrap();
+    assert!(answer.contains("publicKey"), "{answer}");
+    server.shutdown().await;
+
+    // A key of another certificate, and files that hold none of either.
+    let other = rcgen::generate_simple_self_signed(["127.0.0.1".to_owned()]).unwrap();
+    fs::write(&files.key, other.signing_key.serialize_pem()).unwrap();
+    let error = Server::start(config(&files)).await.err().unwrap();
+    assert!(error.to_string().contains("server.key"), "{error}");
+    fs::write(&files.cert, "").unwrap();
+    let error = Server::start(config(&files)).await.err().unwrap();
+    assert!(error.to_string().contains("no certificate"), "{error}");
+    let plain = Config {
+        url: Some("http://192.0.2.1".parse().unwrap()),
+        ..config(&TlsFiles {
+            cert: dir.path().join("again.crt"),
+            key: dir.path().join("again.key"),
+        })
+    };
+    fs::write(dir.path().join("again.crt"), made.cert.pem()).unwrap();
+    fs::write(
+        dir.path().join("again.key"),
+        made.signing_key.serialize_pem(),
+    )
+    .unwrap();
+    let error = Server::start(plain).await.err().unwrap();
+    assert!(error.to_string().contains("--url https://"), "{error}");
+}
+
+#[tokio::test]
+async fn further_relays_are_told_to_nodes() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("derp.json");
+    let config = || Config {
+        derp_map: Some(path.clone()),
+        ..Config::new(dir.path())
+    };
+    let text = r#"{
+        // In the lab.
+        "Regions": {"901": {"RegionID": 901, "RegionCode": "lab", "Nodes": [
+            {"Name": "901a", "RegionID": 901, "HostName": "derp.example.com"},
+        ]}},
+    }"#;
+    for (omit, regions) in [(false, vec![DERP_REGION, 901]), (true, vec![901])] {
+        let omit = format!("{{\"OmitDefaultRegions\": {omit},");
+        fs::write(&path, text.replacen('{', &omit, 1)).unwrap();
+        let server = Server::start(config()).await.unwrap();
+        let fixture = Fixture {
+            server,
+            dir: tempfile::tempdir().unwrap(),
+        };
+        let mut node = fixture.join("a", KeySpec::default()).await;
+        let map = node
+            .stream("")
+            .await
+            .next()
+            .await
+            .unwrap()
+            .derp_map
+            .unwrap();
+        assert_eq!(map.regions.keys().copied().collect::<Vec<_>>(), regions);
+        assert_eq!(map.regions[&901].nodes[0].host_name, "derp.example.com");
+        fixture.server.shutdown().await;
+    }
+    for (text, words) in [
+        ("{}", "no Regions"),
+        ("nonsense", "line 1"),
+        (
+            r#"{"Regions": {"901": {"RegionID": 902}}}"#,
+            "another number",
+        ),
+        (r#"{"Regions": {"901": {"RegionID": 901}}}"#, "no Nodes"),
+        (
+            r#"{"Regions": {"901": {"RegionID": 901, "Nodes": [{"Name": "a"}]}}}"#,
+            "without HostName",
+        ),
+    ] {
+        fs::write(&path, text).unwrap();
+        let error = Server::start(config()).await.err().unwrap().to_string();
+        assert!(
+            error.contains("derp.json") && error.contains(words),
+            "{error}"
+        );
+    }
 }

@@ -2,15 +2,16 @@
 //!
 //! A *line* is one connection to one region, held by its own task: the home region's for good, so
 //! that peers find us there, the others' while packets go over them. Lines are made when first
-//! needed and made again when they break.
+//! needed and made again when they break. A home line that stays broken is *lost*: it is tried until
+//! it stands again, so that its region can be home again, while another region is.
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeSet, HashMap},
     future::Future,
     net::{IpAddr, SocketAddr},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, AtomicU64, Ordering},
+        atomic::{AtomicU64, Ordering},
     },
     time::Duration,
 };
@@ -36,6 +37,7 @@ use tokio::{
     net::{TcpStream, lookup_host},
     runtime,
     sync::{
+        Notify,
         mpsc::{self, error::TrySendError},
         watch,
     },
@@ -55,6 +57,8 @@ const CONNECT_ONE: Duration = Duration::from_secs(3);
 const IDLE: Duration = Duration::from_secs(60);
 /// A line is dead after this silence: two keepalives.
 const SILENCE: Duration = wire::KEEP_ALIVE.saturating_mul(2);
+/// The home line is lost after so long without a connection: a relay that restarts takes less.
+const LOST: Duration = Duration::from_secs(10);
 /// How long the relay may refuse to take what we send.
 const STUCK: Duration = Duration::from_secs(10);
 /// Packets that wait for a line, and bound what an unreachable relay costs.
@@ -88,6 +92,8 @@ struct Shared {
     home: watch::Sender<RegionId>,
     state: Mutex<State>,
     dropped: AtomicU64,
+    /// A line was lost, or found again.
+    changed: Notify,
     /// Packets are sent from wherever they come up; lines live where the node was made.
     runtime: runtime::Handle,
 }
@@ -100,10 +106,21 @@ struct State {
 
 struct Line {
     queue: mpsc::Sender<(NodePublicKey, Bytes)>,
-    connected: Arc<AtomicBool>,
-    /// Our end of its last connection.
-    local: watch::Receiver<Option<IpAddr>>,
+    standing: watch::Receiver<Standing>,
     _task: AbortOnDropHandle<()>,
+}
+
+/// How a line stands.
+#[derive(Clone, Debug, Default)]
+struct Standing {
+    /// Packets leave at once.
+    connected: bool,
+    /// Our end of its last connection.
+    local: Option<IpAddr>,
+    /// Why there was no connection when one was last tried.
+    failure: Option<String>,
+    /// It was home, and could not be connected for [`LOST`].
+    lost: bool,
 }
 
 impl Relays {
@@ -132,6 +149,7 @@ impl Relays {
                 home: watch::channel(0).0,
                 state: Mutex::new(state),
                 dropped: AtomicU64::new(0),
+                changed: Notify::new(),
                 runtime: runtime::Handle::current(),
             }),
         }
@@ -151,9 +169,8 @@ impl Relays {
     pub fn set_addresses(&self, ours: &[IpAddr]) {
         let mut state = self.shared.state();
         state.lines.retain(|_, line| {
-            line.local
-                .borrow()
-                .is_none_or(|ip| ip.is_loopback() || ours.contains(&ip))
+            let local = line.standing.borrow().local;
+            local.is_none_or(|ip| ip.is_loopback() || ours.contains(&ip))
         });
         self.shared.open_home(&mut state);
     }
@@ -188,6 +205,44 @@ impl Relays {
         }
     }
 
+    /// The regions that were home and cannot be reached. They are tried all the time.
+    pub fn lost(&self) -> BTreeSet<RegionId> {
+        let state = self.shared.state();
+        let lost = state
+            .lines
+            .iter()
+            .filter(|(_, line)| line.standing.borrow().lost);
+        lost.map(|(region, _)| *region).collect()
+    }
+
+    /// Resolves when a region was lost or found again since this resolved last.
+    pub async fn changed(&self) {
+        self.shared.changed.notified().await;
+    }
+
+    /// What is wrong with regions that are home, or were until they were lost.
+    pub fn troubles(&self) -> Vec<String> {
+        let state = self.shared.state();
+        let home = *self.shared.home.borrow();
+        let mut troubles = Vec::new();
+        for (region, line) in &state.lines {
+            let standing = line.standing.borrow();
+            if let Some(failure) = &standing.failure
+                && (*region == home || standing.lost)
+            {
+                let code = state
+                    .map
+                    .regions
+                    .get(region)
+                    .map(|found| &*found.region_code);
+                let code = code.unwrap_or_default();
+                troubles.push(format!("no connection to the relay \"{code}\": {failure}"));
+            }
+        }
+        troubles.sort();
+        troubles
+    }
+
     /// Whether packets over the region leave at once.
     #[cfg(test)]
     pub fn connected(&self, region: RegionId) -> bool {
@@ -195,7 +250,7 @@ impl Relays {
         state
             .lines
             .get(&region)
-            .is_some_and(|line| line.connected.load(Ordering::Relaxed))
+            .is_some_and(|line| line.standing.borrow().connected)
     }
 
     /// Packets dropped so far: for want of a line, or of room in its queue.
@@ -205,15 +260,17 @@ impl Relays {
     }
 
     /// The region whose servers answer first by TCP: a home for networks where STUN is not
-    /// answered. `None` if no region that may be a home answers.
+    /// answered. `None` if no region that may be a home answers; lost ones are not asked.
     pub fn nearest(&self) -> impl Future<Output = Option<RegionId>> + Send + use<> {
         let shared = self.shared.clone();
+        let lost = self.lost();
         let regions: Vec<DerpRegion> = shared
             .state()
             .map
             .regions
             .values()
             .filter(|region| !region.avoid && !region.no_measure_no_home)
+            .filter(|region| !lost.contains(&region.region_id))
             .cloned()
             .collect();
         async move {
@@ -257,7 +314,9 @@ impl Shared {
         trace!(count, "dropped packets for a relay");
     }
 
+    /// After lines may have gone.
     fn open_home(self: &Arc<Self>, state: &mut State) {
+        self.changed.notify_one();
         let home = *self.home.borrow();
         if home != 0 && self.line(state, home).is_none() {
             warn!(home, "the home relay is not on the map");
@@ -269,8 +328,7 @@ impl Shared {
         if !state.lines.contains_key(&id) {
             let region = state.map.regions.get(&id)?.clone();
             let (queue_tx, queue) = mpsc::channel(QUEUE);
-            let connected = Arc::new(AtomicBool::new(false));
-            let (local_tx, local) = watch::channel(None);
+            let (standing_tx, standing) = watch::channel(Standing::default());
             let operator = Operator {
                 home: self.home.subscribe(),
                 shared: self.clone(),
@@ -278,8 +336,7 @@ impl Shared {
                 region,
                 id,
                 queue,
-                connected: connected.clone(),
-                local: local_tx,
+                standing: standing_tx,
                 plain: self.plain_http,
                 announced: false,
                 pending: None,
@@ -288,8 +345,7 @@ impl Shared {
             let task = self.runtime.spawn(operator.run().instrument(span));
             let line = Line {
                 queue: queue_tx,
-                connected,
-                local,
+                standing,
                 _task: AbortOnDropHandle::new(task),
             };
             state.lines.insert(id, line);
@@ -305,11 +361,10 @@ struct Operator {
     id: RegionId,
     region: DerpRegion,
     queue: mpsc::Receiver<(NodePublicKey, Bytes)>,
-    connected: Arc<AtomicBool>,
-    local: watch::Sender<Option<IpAddr>>,
+    standing: watch::Sender<Standing>,
     home: watch::Receiver<RegionId>,
-    /// Speak http at the next attempt, where the port allows. The tailnet's own relay speaks it as
-    /// its control server does, others' do not: which one this is, trying tells.
+    /// Speak http first at the next attempt, where the port allows. The tailnet's own relay speaks
+    /// it as its control server does, others' do not: which one this is, trying tells.
     plain: bool,
     /// What the relay was last told of whether it is home.
     announced: bool,
@@ -349,7 +404,9 @@ enum End {
 impl Operator {
     async fn run(mut self) {
         let mut backoff = Backoff::default();
-        let mut told = false;
+        // What the log was told of since the line stood.
+        let mut told = BTreeSet::new();
+        let mut down = Instant::now();
         loop {
             let opened = timeout(CONNECT, self.open())
                 .await
@@ -358,8 +415,11 @@ impl Operator {
                 Ok((mut wire, server)) => {
                     let since = Instant::now();
                     let end = self.converse(&mut wire, &server).await;
-                    if self.connected.swap(false, Ordering::Relaxed) {
-                        told = false;
+                    if self.standing.borrow().connected {
+                        self.standing
+                            .send_modify(|standing| standing.connected = false);
+                        told.clear();
+                        down = Instant::now();
                     }
                     if since.elapsed() >= IDLE {
                         backoff.reset();
@@ -380,19 +440,13 @@ impl Operator {
                     debug!(?pause, "closed: {end}");
                     sleep(*pause).await;
                 }
-                // Once: a relay may be away for days.
-                _ if !told && self.is_home() => {
-                    told = true;
+                // Not each time: a relay may be away for days.
+                _ if self.is_home() && told.insert(end.to_string()) => {
                     warn!("no connection to the home relay: {end}");
                 }
                 _ => debug!("closed: {end}"),
             }
-            if let End::Dial(
-                dial::Error::Tls { .. } | dial::Error::Http(_) | dial::Error::Status { .. },
-            ) = end
-            {
-                self.plain = self.shared.plain_http && !self.plain;
-            }
+            self.fail(&end, down);
             // What waited for a broken line is too old: WireGuard has sent it again, or will.
             let mut late = 0;
             while self.queue.try_recv().is_ok() {
@@ -412,28 +466,62 @@ impl Operator {
         *self.home.borrow() == self.id
     }
 
+    /// Notes why there is no connection since `down`.
+    fn fail(&self, end: &End, down: Instant) {
+        let lost = self.is_home() && down.elapsed() >= LOST;
+        let newly = lost && !self.standing.borrow().lost;
+        self.standing.send_modify(|standing| {
+            standing.failure = Some(end.to_string());
+            standing.lost |= lost;
+        });
+        if newly {
+            warn!("the home relay is lost: another region replaces it, if there is one");
+            self.shared.changed.notify_one();
+        }
+    }
+
     /// Takes the line off the list if nobody needs it.
     fn retire(&self) -> bool {
         let mut state = self.shared.state();
-        if self.is_home() || !self.queue.is_empty() {
+        if self.is_home() || self.standing.borrow().lost || !self.queue.is_empty() {
             return false;
         }
         // Another line may be in our place already.
         if state
             .lines
             .get(&self.id)
-            .is_some_and(|l| Arc::ptr_eq(&l.connected, &self.connected))
+            .is_some_and(|line| line.standing.same_channel(&self.standing.subscribe()))
         {
             state.lines.remove(&self.id);
         }
         true
     }
 
-    async fn open(&self) -> Result<(Wire, DerpServerPublicKey), End> {
-        let (node, tcp, plain) = connect_region(&self.region, self.plain).await?;
+    async fn open(&mut self) -> Result<(Wire, DerpServerPublicKey), End> {
+        let opened = self.open_as(self.plain).await;
+        let tls_wanted = self.plain
+            && matches!(
+                opened,
+                Err(End::Dial(dial::Error::Http(_) | dial::Error::Status { .. }))
+            );
+        let opened = if tls_wanted {
+            self.plain = false;
+            self.open_as(false).await
+        } else {
+            opened
+        };
+        if let Err(End::Dial(dial::Error::Tls { .. })) = opened {
+            self.plain = self.shared.plain_http;
+        }
+        opened
+    }
+
+    async fn open_as(&self, plain: bool) -> Result<(Wire, DerpServerPublicKey), End> {
+        let (node, tcp, plain) = connect_region(&self.region, plain).await?;
         let local = tcp.local_addr().ok();
-        self.local
-            .send_replace(local.map(|address| address.ip().to_canonical()));
+        self.standing.send_modify(|standing| {
+            standing.local = local.map(|address| address.ip().to_canonical());
+        });
         let stream = if plain {
             Either::Left(tcp)
         } else {
@@ -541,7 +629,15 @@ impl Operator {
             Frame::Ping(data) => send(wire, [Frame::Pong(data)]).await?,
             Frame::ServerInfo { sealed } => {
                 let info = ServerInfo::open(&sealed, server, &self.key.private)?;
-                self.connected.store(true, Ordering::Relaxed);
+                let lost = self.standing.borrow().lost;
+                self.standing.send_modify(|standing| {
+                    standing.connected = true;
+                    standing.failure = None;
+                    standing.lost = false;
+                });
+                if lost {
+                    self.shared.changed.notify_one();
+                }
                 info!(?info, "connected");
             }
             Frame::Health(problem) if problem.is_empty() => info!("the relay is well again"),
@@ -872,19 +968,23 @@ mod tests {
         a.reach(&mut b, b"x").await;
         let line = |client: &Client| {
             let state = client.relays.shared.state();
-            state.lines[&DERP_REGION].connected.clone()
+            state.lines[&DERP_REGION].standing.clone()
         };
         let before = line(&a);
         a.relays.set_addresses(&[]);
-        assert!(Arc::ptr_eq(&before, &line(&a)), "loopback stays");
-        let (_gone, local) = watch::channel(Some(IpAddr::from([192, 0, 2, 1])));
+        assert!(before.same_channel(&line(&a)), "loopback stays");
+        let (_gone, standing) = watch::channel(Standing {
+            local: Some(IpAddr::from([192, 0, 2, 1])),
+            ..Standing::default()
+        });
+        let before = standing.clone();
         if let Some(line) = a.relays.shared.state().lines.get_mut(&DERP_REGION) {
-            line.local = local;
+            line.standing = standing;
         }
         a.relays.set_addresses(&[IpAddr::from([192, 0, 2, 1])]);
-        assert!(Arc::ptr_eq(&before, &line(&a)));
+        assert!(before.same_channel(&line(&a)));
         a.relays.set_addresses(&[IpAddr::from([192, 0, 2, 2])]);
-        assert!(!Arc::ptr_eq(&before, &line(&a)));
+        assert!(!before.same_channel(&line(&a)));
         b.reach(&mut a, b"y").await;
     }
 

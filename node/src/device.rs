@@ -2,21 +2,52 @@
 
 use std::{
     io::{self, IoSlice},
-    os::fd::OwnedFd,
+    ops::Range,
+    os::fd::{AsRawFd, OwnedFd},
+    sync::atomic::{AtomicBool, Ordering},
 };
 
 use nix::{errno::Errno, sys::uio::writev, unistd::read};
 use tokio::io::{Interest, unix::AsyncFd};
-use tracing::trace;
+use tracing::{debug, info, trace};
 
-/// The device has IFF_VNET_HDR: each packet follows a `struct virtio_net_hdr` (linux/virtio_net.h).
-/// All zero says: one whole packet with its checksums done.
-const VNET_HDR: [u8; 10] = [0; 10];
+use crate::offload::{self, Burst, Header, Joiner, PIECES_MAX};
+
 /// Room for the largest packet and its header.
-pub const PACKET_ROOM: usize = VNET_HDR.len() + 65_536;
+pub const PACKET_ROOM: usize = offload::HEADER + 65_536;
+
+mod ioctl {
+    /// What TUNSETOFFLOAD takes (linux/if_tun.h).
+    pub const CSUM: libc::c_uint = 0x01;
+    pub const TSO: libc::c_uint = 0x02 | 0x04;
+    pub const USO: libc::c_uint = 0x20 | 0x40;
+
+    nix::ioctl_write_int_bad!(
+        /// Says what a reader of the device can take; its argument is the number itself.
+        set_offload,
+        libc::TUNSETOFFLOAD
+    );
+}
 
 /// A TUN device that was made elsewhere; it lives on in whichever namespace it was moved to.
-pub struct Device(AsyncFd<OwnedFd>);
+pub struct Device {
+    tun: AsyncFd<OwnedFd>,
+    /// Which bursts the kernel takes.
+    tcp_bursts: AtomicBool,
+    udp_bursts: AtomicBool,
+}
+
+/// Which packets the kernel may hand over, and take, joined. What it cannot do is not tried again.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Offload {
+    /// Of TCP and UDP; for UDP's, Linux ≥ 6.2.
+    #[default]
+    All,
+    /// Of TCP alone.
+    Tcp,
+    /// None, and no datagrams to peers either: a packet a system call.
+    None,
+}
 
 /// Why there will be no more packets.
 #[derive(Debug, thiserror::Error)]
@@ -31,29 +62,37 @@ pub enum Closed {
 
 impl Device {
     /// Takes a non-blocking TUN descriptor. Needs a tokio runtime.
-    pub fn new(tun: OwnedFd) -> io::Result<Self> {
+    pub fn new(tun: OwnedFd, offload: Offload) -> io::Result<Self> {
+        let offload = set_offload(&tun, offload);
         // The death of the namespace shows as an error without being readable.
         let interest = Interest::READABLE | Interest::ERROR;
         // SAFETY: an OwnedFd stays open, and the same, for as long as the AsyncFd owns it.
         let registered = unsafe { AsyncFd::register_with_interest(tun, interest) };
-        Ok(Self(registered.map_err(io::Error::from)?))
+        Ok(Self {
+            tun: registered.map_err(io::Error::from)?,
+            tcp_bursts: (offload != Offload::None).into(),
+            udp_bursts: (offload == Offload::All).into(),
+        })
     }
 
     /// Resolves when there may be packets, or an end to them.
     pub async fn readable(&self) -> io::Result<()> {
-        self.0
+        self.tun
             .ready(Interest::READABLE | Interest::ERROR)
             .await?
             .retain_ready();
         Ok(())
     }
 
-    /// The next packet that the container sent, read into `buffer` of [`PACKET_ROOM`] bytes;
-    /// `None` when there is none now.
-    pub fn receive<'a>(&self, buffer: &'a mut [u8]) -> Result<Option<&'a [u8]>, Closed> {
+    /// What the container sent next, read into `buffer` of [`PACKET_ROOM`] bytes; `None` when there
+    /// is nothing now.
+    pub fn receive<'a>(
+        &self,
+        buffer: &'a mut [u8],
+    ) -> Result<Option<(Header, &'a mut [u8])>, Closed> {
         // One readiness at a time: tokio's try_io takes a set of both for none.
         let mut attempt = |readiness| {
-            self.0.try_io(readiness, |fd| {
+            self.tun.try_io(readiness, |fd| {
                 read(fd, &mut *buffer).map_err(io::Error::from)
             })
         };
@@ -62,7 +101,10 @@ impl Device {
             received => received,
         };
         match received {
-            Ok(len) => Ok(buffer.get(VNET_HDR.len()..len)),
+            Ok(len) => Ok(buffer
+                .get_mut(..len)
+                .and_then(<[u8]>::split_first_chunk_mut)
+                .map(|(header, packet)| (Header::from_bytes(*header), packet))),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(None),
             // The kernel detached the device from its queue (drivers/net/tun.c).
             Err(error) if error.raw_os_error() == Some(libc::EBADFD) => Err(Closed::NamespaceGone),
@@ -73,16 +115,113 @@ impl Device {
     /// Hands a packet to the container. One that the kernel refuses is dropped, as a network does:
     /// the interface may not be up yet, or its queue full.
     pub fn send(&self, packet: &[u8]) -> Result<(), Closed> {
-        match writev(
-            self.0.get_ref(),
-            &[IoSlice::new(&VNET_HDR), IoSlice::new(packet)],
-        ) {
-            Ok(_) => Ok(()),
-            Err(Errno::EBADFD) => Err(Closed::NamespaceGone),
+        let header = Header::default().to_bytes();
+        match self.write(&[IoSlice::new(&header), IoSlice::new(packet)])? {
+            Ok(()) => {}
+            Err(errno) => trace!(%errno, "the kernel refused a packet for the container"),
+        }
+        Ok(())
+    }
+
+    /// Hands over packets at these places in `bytes`, joined where the kernel takes them joined.
+    pub fn send_all(
+        &self,
+        bytes: &mut [u8],
+        packets: &mut Vec<Range<usize>>,
+        joiner: &mut Joiner,
+    ) -> Result<(), Closed> {
+        if packets.len() < 2 || !self.tcp_bursts.load(Ordering::Relaxed) {
+            return packets
+                .drain(..)
+                .try_for_each(|packet| self.send(&bytes[packet]));
+        }
+        let udp = self.udp_bursts.load(Ordering::Relaxed);
+        for packet in packets.drain(..) {
+            joiner.push(bytes, packet, udp);
+        }
+        joiner.drain(bytes, |header, bytes, parts| {
+            self.send_parts(header, parts.iter().map(|part| &bytes[part.clone()]))
+        })
+    }
+
+    /// Hands over a packet, or a burst, in parts: at most [`PIECES_MAX`].
+    pub fn send_parts<'a>(
+        &self,
+        header: Header,
+        parts: impl Iterator<Item = &'a [u8]> + Clone,
+    ) -> Result<(), Closed> {
+        let bursts = if header.is_udp_burst() {
+            &self.udp_bursts
+        } else {
+            &self.tcp_bursts
+        };
+        if header.is_burst() && !bursts.load(Ordering::Relaxed) {
+            return self.send_cut(header, parts);
+        }
+        let head = header.to_bytes();
+        let mut slices = [IoSlice::new(&[]); 1 + PIECES_MAX];
+        slices[0] = IoSlice::new(&head);
+        let mut count = 1;
+        for (slice, part) in slices[1..].iter_mut().zip(parts.clone()) {
+            *slice = IoSlice::new(part);
+            count += 1;
+        }
+        match self.write(&slices[..count])? {
+            Ok(()) => Ok(()),
+            // What kernels say that do not take the burst for what it is.
+            Err(errno @ (Errno::EINVAL | Errno::EOPNOTSUPP)) if header.is_burst() => {
+                if bursts.swap(false, Ordering::Relaxed) {
+                    info!(%errno, udp = header.is_udp_burst(), "the kernel takes no bursts for the container: sending packet by packet");
+                }
+                self.send_cut(header, parts)
+            }
             Err(errno) => {
                 trace!(%errno, "the kernel refused a packet for the container");
                 Ok(())
             }
         }
     }
+
+    fn send_cut<'a>(
+        &self,
+        header: Header,
+        parts: impl Iterator<Item = &'a [u8]>,
+    ) -> Result<(), Closed> {
+        let mut whole = parts.collect::<Vec<_>>().concat();
+        let mut result = Ok(());
+        match Burst::new(header, &mut whole) {
+            Ok(burst) => burst.packets(&mut Vec::new(), |packet| {
+                if result.is_ok() {
+                    result = self.send(packet);
+                }
+            }),
+            Err(misfit) => debug!(%misfit, "dropped"),
+        }
+        result
+    }
+
+    fn write(&self, slices: &[IoSlice]) -> Result<Result<(), Errno>, Closed> {
+        match writev(self.tun.get_ref(), slices) {
+            Ok(_) => Ok(Ok(())),
+            Err(Errno::EBADFD) => Err(Closed::NamespaceGone),
+            Err(errno) => Ok(Err(errno)),
+        }
+    }
+}
+
+/// Tells the kernel to hand over bursts, as far as it can and `wanted` goes; returns how far.
+fn set_offload(tun: &OwnedFd, wanted: Offload) -> Offload {
+    let steps = [
+        (Offload::All, ioctl::CSUM | ioctl::TSO | ioctl::USO),
+        (Offload::Tcp, ioctl::CSUM | ioctl::TSO),
+    ];
+    let from = steps.iter().position(|(offload, _)| *offload == wanted);
+    for (offload, flags) in &steps[from.unwrap_or(steps.len())..] {
+        // SAFETY: the descriptor is open for as long as it is borrowed, and the argument is a number.
+        match unsafe { ioctl::set_offload(tun.as_raw_fd(), *flags as libc::c_int) } {
+            Ok(_) => return *offload,
+            Err(errno) => info!(%errno, ?offload, "the TUN device cannot do that"),
+        }
+    }
+    Offload::None
 }

@@ -23,9 +23,9 @@ use tokio::{
 };
 use tracing::Instrument;
 
+pub use self::peers::Peers;
 use self::{
     message::{Request, Unanswerable},
-    peers::Peers,
     tcp::{ConnectionId, Stack},
     zone::{Answer, Way},
 };
@@ -87,10 +87,9 @@ impl Resolver {
         self.peers.open(questions);
     }
 
-    /// Takes a peer's packet if it is the answer to a question of [`Self::ask_peers`]; then it is
-    /// not for the container. Costs one load while no such question waits.
-    pub fn take_answer(&self, packet: &[u8]) -> bool {
-        self.peers.take(packet)
+    /// What takes the answers to the questions of [`Self::ask_peers`]: they are not for the container.
+    pub fn answers(&self) -> Peers {
+        self.peers.clone()
     }
 
     /// Names the other tailnets that the container is in: it finds their names, too.
@@ -517,22 +516,26 @@ mod tests {
         assert!(
             !container
                 .resolver
-                .take_answer(&packet::udp(forger, us, &answer).unwrap())
+                .answers()
+                .take(&packet::udp(forger, us, &answer).unwrap())
         );
         assert!(
             !container
                 .resolver
-                .take_answer(&packet::udp(server, client, &answer).unwrap())
+                .answers()
+                .take(&packet::udp(server, client, &answer).unwrap())
         );
         assert!(
             container
                 .resolver
-                .take_answer(&packet::udp(server, us, b"junk").unwrap())
+                .answers()
+                .take(&packet::udp(server, us, b"junk").unwrap())
         );
         assert!(
             container
                 .resolver
-                .take_answer(&packet::udp(server, us, &answer).unwrap())
+                .answers()
+                .take(&packet::udp(server, us, &answer).unwrap())
         );
         let reply = container.reply().await;
         let reply = Message::from_vec(Packet::parse(&reply).unwrap().payload()).unwrap();
@@ -540,7 +543,8 @@ mod tests {
         assert!(
             !container
                 .resolver
-                .take_answer(&packet::udp(server, us, &answer).unwrap())
+                .answers()
+                .take(&packet::udp(server, us, &answer).unwrap())
         );
     }
 

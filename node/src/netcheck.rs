@@ -37,6 +37,8 @@ pub struct Target {
 pub struct Report {
     /// Where peers should find us; 0: not known.
     pub home: RegionId,
+    /// Whether STUN answers tell which region is to be home.
+    pub by_stun: bool,
     /// Our endpoints as STUN servers saw them.
     pub public: BTreeSet<SocketAddr>,
     /// The quickest answer of each region.
@@ -56,6 +58,8 @@ pub struct Netcheck {
     home: RegionId,
     /// The region to take while no STUN server answers; 0: none known.
     fallback: RegionId,
+    /// Regions whose relays cannot be reached, whatever their STUN servers answer.
+    lost: BTreeSet<RegionId>,
 }
 
 impl Netcheck {
@@ -75,6 +79,14 @@ impl Netcheck {
             self.home = 0;
         }
         self.fallback = region;
+    }
+
+    /// Takes the regions whose relays cannot be reached: another is home as long as there is one.
+    /// Returns whether that is news.
+    pub fn set_lost(&mut self, regions: BTreeSet<RegionId>) -> bool {
+        let news = self.lost != regions;
+        self.lost = regions;
+        news
     }
 
     /// Our network changed: forget what was seen.
@@ -138,9 +150,9 @@ impl Netcheck {
             report.mapping_varies = Some(ports.iter().any(|(_, seen)| Some(*seen) != first));
         }
         let eligible = |region: &RegionId| {
-            self.targets
-                .iter()
-                .any(|target| target.region == *region && target.eligible)
+            let mut targets = self.targets.iter();
+            !self.lost.contains(region)
+                && targets.any(|target| target.region == *region && target.eligible)
         };
         let quickest = report
             .latency
@@ -149,17 +161,20 @@ impl Netcheck {
             .min_by_key(|(region, latency)| (**latency, **region))
             .map(|(region, latency)| (*region, *latency));
         if let Some((region, latency)) = quickest {
-            let keep = report
-                .latency
-                .get(&self.home)
-                .is_some_and(|home| latency.as_secs_f64() > home.as_secs_f64() * HOME_HYSTERESIS);
+            let keep = report.latency.get(&self.home).is_some_and(|home| {
+                eligible(&self.home) && latency.as_secs_f64() > home.as_secs_f64() * HOME_HYSTERESIS
+            });
             if !keep {
                 self.home = region;
             }
-        } else if self.home == 0 {
+        } else if (self.home == 0 || self.lost.contains(&self.home))
+            && self.fallback != 0
+            && !self.lost.contains(&self.fallback)
+        {
             self.home = self.fallback;
         }
         report.home = self.home;
+        report.by_stun = quickest.is_some();
         report
     }
 }
@@ -234,6 +249,41 @@ mod tests {
         check.set_targets(vec![target(9)]);
         check.set_fallback(9);
         assert_eq!(check.report(now + ROUND).home, 9);
+    }
+
+    #[test]
+    fn a_region_whose_relay_is_lost_is_home_only_where_there_is_no_other() {
+        let mut check = Netcheck::default();
+        check.set_targets(vec![target(1), target(2)]);
+        let t0 = Instant::now();
+        assert_eq!(round(&mut check, t0, &[(1, 10), (2, 90)]).home, 1);
+        assert!(check.set_lost([1].into()));
+        assert!(!check.set_lost([1].into()));
+        let report = check.report(t0 + ROUND);
+        assert_eq!((report.home, report.by_stun), (2, true));
+        check.set_lost([1, 2].into());
+        let report = check.report(t0 + ROUND);
+        assert_eq!((report.home, report.by_stun), (2, false));
+        check.set_lost(BTreeSet::new());
+        assert_eq!(check.report(t0 + ROUND).home, 1);
+    }
+
+    #[test]
+    fn where_stun_knows_no_other_region_the_nearest_replaces_a_lost_one() {
+        let mut check = Netcheck::default();
+        check.set_targets(vec![target(1), target(2)]);
+        let t0 = Instant::now();
+        assert_eq!(round(&mut check, t0, &[(1, 10)]).home, 1);
+        check.set_lost([1].into());
+        let report = check.report(t0 + ROUND);
+        assert_eq!((report.home, report.by_stun), (1, false));
+        check.set_fallback(2);
+        assert_eq!(check.report(t0 + ROUND).home, 2);
+        // A fallback that is lost as well is none.
+        check.set_lost([1, 2].into());
+        assert_eq!(check.report(t0 + ROUND).home, 2);
+        check.set_lost(BTreeSet::new());
+        assert_eq!(check.report(t0 + ROUND).home, 1);
     }
 
     #[test]

@@ -28,14 +28,16 @@ pub use crate::control::Secret;
 use crate::{
     clock::{Clock, Latest},
     control, derp,
-    device::{Closed, Device, PACKET_ROOM},
+    device::{Closed, Device, Offload, PACKET_ROOM},
     dial,
     dns::{Resolver, Upstreams, Zone},
+    neighbours::{Door, Neighbours, Presence},
     netcheck::{Netcheck, Report, Target},
     netmap::{Changes, Netmap},
+    offload::{Burst, Joiner},
     packet::Packet,
     router::{Out, Router, Taken, To},
-    segment::{Crossing, Membership, Segment},
+    segment::{Membership, Segment},
     state::{self, Store},
     status::{Login, Status},
     udp::{Batch, Udp},
@@ -43,6 +45,8 @@ use crate::{
 
 /// Packets handled from one source before the others have their turn.
 const TURN: usize = 64;
+/// Batches of datagrams received before the others have their turn.
+const TURN_BATCHES: usize = 2;
 /// Bytes collected before they are sent, so that one turn's memory stays bounded.
 const FLUSH: usize = 512 * 1024;
 /// How often endpoints are looked up while packets flow; NATs forget after 30 s (RFC 4787).
@@ -82,6 +86,10 @@ pub struct Config {
     pub names_elsewhere: Vec<String>,
     /// A non-blocking TUN device with `IFF_NO_PI` and `IFF_VNET_HDR`, in any namespace.
     pub tun: OwnedFd,
+    /// Which packets the kernel may hand over, and take, joined.
+    pub offload: Offload,
+    /// The other nodes of this process.
+    pub neighbours: Neighbours,
 }
 
 /// Who a node is in its tailnet.
@@ -212,17 +220,23 @@ thread_local! {
 }
 
 struct Scratch {
+    /// What the device reads into.
     packet: Vec<u8>,
+    /// Where a burst is cut.
+    cut: Vec<u8>,
     batch: Batch,
     out: Out,
+    joiner: Joiner,
 }
 
 impl Default for Scratch {
     fn default() -> Self {
         Self {
             packet: vec![0; PACKET_ROOM],
+            cut: Vec::new(),
             batch: Batch::default(),
             out: Out::default(),
+            joiner: Joiner::default(),
         }
     }
 }
@@ -246,8 +260,13 @@ impl Node {
             store.save_keys(&keys)?;
         }
         let saved = store.load_netmap();
-        let device = Device::new(config.tun).map_err(kernel("use the TUN device"))?;
-        let udp = Udp::open(usual_port(&keys.disco.public)).map_err(kernel("open a UDP socket"))?;
+        let device =
+            Device::new(config.tun, config.offload).map_err(kernel("use the TUN device"))?;
+        let udp = Udp::open(
+            usual_port(&keys.disco.public),
+            config.offload != Offload::None,
+        )
+        .map_err(kernel("open a UDP socket"))?;
 
         let lock = saved
             .as_ref()
@@ -269,6 +288,7 @@ impl Node {
         let plain_http = config.login_server.scheme() == "http";
         let relays = derp::Relays::new(keys.node.clone(), tls.clone(), plain_http, incoming_tx);
         let router = Router::new(&keys);
+        let own_key = router.key();
         let session = control::spawn(
             control::Config {
                 login_server: config.login_server.clone(),
@@ -294,12 +314,14 @@ impl Node {
         let (targets_tx, targets) = mpsc::channel(1);
         let (nearest_tx, nearest) = mpsc::channel(1);
 
+        let door = Arc::new(Door::new(device, router, resolver.answers()));
         let mut task = Task {
             hostname: config.hostname.clone(),
             server: config.login_server.clone(),
-            device,
+            presence: config.neighbours.enter(own_key, &door),
+            neighbours: config.neighbours,
+            door,
             udp,
-            router,
             netcheck: Netcheck::default(),
             report: Report::default(),
             next_check: Instant::now(),
@@ -342,7 +364,6 @@ impl Node {
             commands: commands_rx,
             targets,
             nearest,
-            crossings: None,
         };
         tokio::spawn(task.run(inputs).instrument(span));
         Ok(Self {
@@ -515,9 +536,11 @@ impl Node {
 struct Task {
     hostname: String,
     server: Url,
-    device: Device,
+    door: Arc<Door>,
+    neighbours: Neighbours,
+    /// By which neighbours find the door; another one with each key.
+    presence: Presence,
     udp: Udp,
-    router: Router,
     netcheck: Netcheck,
     report: Report,
     next_check: Instant,
@@ -562,7 +585,6 @@ struct Inputs {
     commands: mpsc::Receiver<Command>,
     targets: mpsc::Receiver<Vec<Target>>,
     nearest: mpsc::Receiver<RegionId>,
-    crossings: Option<mpsc::Receiver<Crossing>>,
 }
 
 impl Task {
@@ -571,7 +593,7 @@ impl Task {
         let (why, logout) = loop {
             let deadline = self.deadline().into();
             let turn = tokio::select! {
-                ready = self.device.readable() => match ready {
+                ready = self.door.device.readable() => match ready {
                     Ok(()) => self.serve_tun(),
                     Err(error) => Err(Closed::Failed(error)),
                 },
@@ -580,9 +602,8 @@ impl Task {
                     Err(error) => Err(Closed::Failed(error)),
                 },
                 Some(first) = inputs.incoming.recv() => self.serve_relays(first, &mut inputs.incoming),
-                Some(packet) = inputs.replies.recv() => self.device.send(&packet),
+                Some(packet) = inputs.replies.recv() => self.door.device.send(&packet),
                 Some(question) = inputs.questions.recv() => self.serve_resolver(&question),
-                Some(crossing) = next_crossing(&mut inputs.crossings) => self.serve_segment(crossing),
                 Some(event) = inputs.events.recv() => {
                     self.control(event);
                     Ok(())
@@ -592,6 +613,13 @@ impl Task {
                     self.checked_at = None;
                     self.asked_nearest = false;
                     self.next_check = Instant::now();
+                    Ok(())
+                }
+                () = self.relays.changed() => {
+                    if self.netcheck.set_lost(self.relays.lost()) {
+                        self.asked_nearest = false;
+                        self.next_check = Instant::now();
+                    }
                     Ok(())
                 }
                 Some(region) = inputs.nearest.recv() => {
@@ -607,7 +635,7 @@ impl Task {
                         Ok(())
                     }
                     Some(Command::Join(segment, address)) => {
-                        inputs.crossings = self.join(segment, address);
+                        self.join(segment, address);
                         Ok(())
                     }
                     Some(Command::Siblings(zones)) => {
@@ -637,7 +665,8 @@ impl Task {
         }
         self.save();
         let Self {
-            device,
+            door,
+            presence,
             udp,
             relays,
             session,
@@ -648,7 +677,7 @@ impl Task {
             ..
         } = self;
         // First what others see: the logout may take seconds.
-        drop((device, udp, relays, segment));
+        drop((presence, segment, door, udp, relays));
         if logout && let Some(session) = session {
             // It logs its own failure, and nobody is there to hear of it.
             let _ = session.logout(LOGOUT).await;
@@ -668,31 +697,41 @@ impl Task {
     fn serve_tun(&mut self) -> Result<(), Closed> {
         let now = Instant::now();
         self.stir(now);
-        SCRATCH.with_borrow_mut(|Scratch { packet, out, .. }| {
+        SCRATCH.with_borrow_mut(|scratch| {
+            let Scratch {
+                packet,
+                cut,
+                out,
+                joiner,
+                ..
+            } = scratch;
             for _ in 0..TURN {
-                let Some(packet) = self.device.receive(packet)? else {
+                let Some((header, packet)) = self.door.device.receive(packet)? else {
                     break;
                 };
-                if self.cross(packet, now) {
-                    continue;
-                }
-                match self.router.on_tun(packet, now, out) {
-                    Taken::Sent => self.tx_bytes += packet.len() as u64,
-                    Taken::Dropped => {}
-                    Taken::ForResolver => self.resolver.handle(packet),
-                }
+                let burst = match Burst::new(header, packet) {
+                    Ok(burst) => burst,
+                    Err(misfit) => {
+                        debug!(%misfit, "dropped");
+                        continue;
+                    }
+                };
+                self.serve_burst(&burst, cut, out, now);
                 if out.len() > FLUSH {
-                    self.flush(out)?;
+                    self.flush(out, joiner)?;
                 }
             }
-            self.flush(out)
+            self.flush(out, joiner)
         })
     }
 
     fn serve_udp(&mut self) -> Result<(), Closed> {
         let now = Instant::now();
-        SCRATCH.with_borrow_mut(|Scratch { batch, out, .. }| {
-            for _ in 0..TURN / quinn_udp::BATCH_SIZE {
+        SCRATCH.with_borrow_mut(|scratch| {
+            let Scratch {
+                batch, out, joiner, ..
+            } = scratch;
+            for _ in 0..TURN_BATCHES {
                 match self.udp.receive(batch) {
                     Ok(()) => {}
                     Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
@@ -702,21 +741,25 @@ impl Task {
                         continue;
                     }
                 }
-                for (from, datagram) in batch.datagrams() {
-                    if stun::is_stun(datagram) {
-                        if self.netcheck.answer(datagram, now) && !self.netcheck.waiting(now) {
-                            self.next_check = now;
+                for (from, train, size) in batch.trains() {
+                    let mut router = self.door.router();
+                    for datagram in train.chunks(size) {
+                        if stun::is_stun(datagram) {
+                            if self.netcheck.answer(datagram, now) && !self.netcheck.waiting(now) {
+                                self.next_check = now;
+                            }
+                        } else {
+                            self.next_tick.get_or_insert(now + FIRST_TICK);
+                            router.on_udp(from, datagram, now, out);
                         }
-                    } else {
-                        self.next_tick.get_or_insert(now + FIRST_TICK);
-                        self.router.on_udp(from, datagram, now, out);
                     }
+                    drop(router);
                     if out.len() > FLUSH {
-                        self.flush(out)?;
+                        self.flush(out, joiner)?;
                     }
                 }
             }
-            self.flush(out)
+            self.flush(out, joiner)
         })
     }
 
@@ -727,12 +770,17 @@ impl Task {
     ) -> Result<(), Closed> {
         let now = Instant::now();
         self.stir(now);
-        SCRATCH.with_borrow_mut(|Scratch { out, .. }| {
+        SCRATCH.with_borrow_mut(|Scratch { out, joiner, .. }| {
             let mut next = Some(first);
             let mut turn = 0;
             while let Some(incoming) = next {
-                self.router
-                    .on_relay(incoming.region, &incoming.from, &incoming.packet, now, out);
+                self.door.router().on_relay(
+                    incoming.region,
+                    &incoming.from,
+                    &incoming.packet,
+                    now,
+                    out,
+                );
                 turn += 1;
                 next = if turn < TURN && out.len() < FLUSH {
                     more.try_recv().ok()
@@ -740,54 +788,58 @@ impl Task {
                     None
                 };
             }
-            self.flush(out)
+            self.flush(out, joiner)
         })
     }
 
-    /// Takes a packet for, or an answer within, the segment. Returns whether it was one.
-    fn cross(&mut self, packet: &[u8], now: Instant) -> bool {
-        let Some(membership) = &self.segment else {
-            return false;
+    fn serve_burst(&mut self, burst: &Burst<'_>, cut: &mut Vec<u8>, out: &mut Out, now: Instant) {
+        let Ok(packet) = Packet::parse(burst.bytes()) else {
+            return;
         };
-        let Ok(parsed) = Packet::parse(packet) else {
-            return false;
-        };
-        if !membership.concerns(parsed.src(), parsed.dst()) {
-            return false;
-        }
-        if let Some((src, dst)) = membership.stands_for(parsed.src(), parsed.dst())
-            && self.router.may_leave(packet, src, dst, now)
+        let len = burst.bytes().len() as u64;
+        let mut router = self.door.router();
+        if let Some(membership) = &self.segment
+            && membership.concerns(packet.src(), packet.dst())
         {
-            self.tx_bytes += packet.len() as u64;
-            membership.send(Crossing {
-                packet: packet.to_vec(),
-                src,
-                dst,
-            });
+            if let Some((packet, door)) = membership.stand_in(packet)
+                && router.may_leave(&packet, now)
+            {
+                self.tx_bytes += len;
+                let key = router.key();
+                drop(router);
+                door.take(&key, burst, &packet, now);
+            }
+            return;
         }
-        true
+        match router.outbound(&packet, now) {
+            Taken::Dropped => {}
+            Taken::ForResolver => burst.packets(cut, |packet| self.resolver.handle(packet)),
+            Taken::ForPeer(slot) => {
+                self.tx_bytes += len;
+                match self.neighbours.find(&router.peer_key(slot)) {
+                    Some(door) => {
+                        let key = router.key();
+                        drop(router);
+                        door.take(&key, burst, &packet, now);
+                    }
+                    None => router.seal(slot, burst, now, out),
+                }
+            }
+        }
     }
 
     /// A question of the resolver's to a server that is a peer.
     fn serve_resolver(&mut self, question: &[u8]) -> Result<(), Closed> {
         let now = Instant::now();
         self.stir(now);
-        SCRATCH.with_borrow_mut(|Scratch { out, .. }| {
-            self.router.on_tun(question, now, out);
-            self.flush(out)
+        SCRATCH.with_borrow_mut(|Scratch { out, joiner, .. }| {
+            let mut cut = Vec::new();
+            self.serve_burst(&Burst::whole(question), &mut cut, out, now);
+            self.flush(out, joiner)
         })
     }
 
-    fn serve_segment(&mut self, crossing: Crossing) -> Result<(), Closed> {
-        let Crossing { packet, src, dst } = crossing;
-        if self.router.may_enter(&packet, src, dst, Instant::now()) {
-            self.rx_bytes += packet.len() as u64;
-            self.device.send(&packet)?;
-        }
-        Ok(())
-    }
-
-    fn join(&mut self, segment: Segment, address: IpNet) -> Option<mpsc::Receiver<Crossing>> {
+    fn join(&mut self, segment: Segment, address: IpNet) {
         let own = self
             .netmap
             .myself
@@ -797,23 +849,17 @@ impl Task {
             .find(IpAddr::is_ipv4);
         let Some(tailnet) = own else {
             warn!(%address, "no IPv4 address in the tailnet, so none in the host's network");
-            return None;
+            return;
         };
-        let (membership, crossings) = segment.join(address, tailnet);
-        self.segment = Some(membership);
-        Some(crossings)
+        let door = Arc::downgrade(&self.door);
+        self.segment = Some(segment.join(address, tailnet, door));
     }
 
     /// Sends what the router put out: datagrams to one address as one train.
-    fn flush(&mut self, out: &mut Out) -> Result<(), Closed> {
+    fn flush(&mut self, out: &mut Out, joiner: &mut Joiner) -> Result<(), Closed> {
         let mut failed: Vec<SocketAddr> = Vec::new();
         for (to, bytes, segment) in out.trains(|segment| self.udp.train(segment)) {
             match to {
-                To::Tun if self.resolver.take_answer(bytes) => {}
-                To::Tun => {
-                    self.rx_bytes += bytes.len() as u64;
-                    self.device.send(bytes)?;
-                }
                 To::Relay(region, key) => {
                     self.relays
                         .send(region, &key, bytes::Bytes::copy_from_slice(bytes));
@@ -826,9 +872,16 @@ impl Task {
                 }
             }
         }
+        let (bytes, packets) = out.for_container();
+        self.door.keep_for_container(bytes, packets);
+        self.rx_bytes += packets
+            .iter()
+            .map(|packet| packet.len() as u64)
+            .sum::<u64>();
+        self.door.device.send_all(bytes, packets, joiner)?;
         out.clear();
         for address in failed {
-            self.router.unreachable(address);
+            self.door.router().unreachable(address);
         }
         Ok(())
     }
@@ -858,9 +911,9 @@ impl Task {
             self.check(now);
         }
         if self.next_tick.is_some_and(|at| now >= at) {
-            SCRATCH.with_borrow_mut(|Scratch { out, .. }| {
-                self.next_tick = self.router.tick(now, out);
-                self.flush(out)
+            SCRATCH.with_borrow_mut(|Scratch { out, joiner, .. }| {
+                self.next_tick = self.door.router().tick(now, out);
+                self.flush(out, joiner)
             })?;
             // Peers are about to look for a path: stale endpoints would not open our NAT.
             if self.next_tick.is_some() && self.checked_at.is_none_or(|at| now >= at + CHECK_BUSY) {
@@ -895,7 +948,7 @@ impl Task {
             // With more addresses, such as a bridge for containers, all paths are as good as before.
             if self.local.iter().any(|ip| !local.contains(ip)) {
                 self.netcheck.reset();
-                self.router.reset_paths();
+                self.door.router().reset_paths();
                 self.relays.set_addresses(&local);
                 self.asked_nearest = false;
             }
@@ -918,7 +971,7 @@ impl Task {
             now + every
         };
         let report = self.netcheck.report(now);
-        if report.latency.is_empty() && !self.netcheck.waiting(now) && !self.asked_nearest {
+        if !report.by_stun && !self.netcheck.waiting(now) && !self.asked_nearest {
             self.asked_nearest = true;
             let (nearest, answer) = (self.relays.nearest(), self.nearest_tx.clone());
             tokio::spawn(async move {
@@ -958,7 +1011,8 @@ impl Task {
             }
         }
         endpoints.sort_by_key(|(address, _)| *address);
-        self.router
+        self.door
+            .router()
             .set_endpoints(endpoints.iter().map(|(address, _)| *address).collect());
         let net_info = NetInfo {
             preferred_derp: self.report.home,
@@ -1018,8 +1072,9 @@ impl Task {
                 if let Err(error) = self.store.save_keys(&keys) {
                     warn!(%error, "cannot keep the new node key");
                 }
-                self.router.set_keys(&keys);
+                self.door.router().set_keys(&keys);
                 self.relays.set_key(keys.node.clone());
+                self.presence = self.neighbours.enter(keys.node.public, &self.door);
             }
         }
     }
@@ -1040,7 +1095,7 @@ impl Task {
 
     fn take_changes(&mut self, changes: &Changes, live: bool) {
         let now = Instant::now();
-        self.router.update(&self.netmap, changes, now);
+        self.door.router().update(&self.netmap, changes, now);
         // Peers may be waited for that can be reached now.
         self.next_tick = Some(now);
         if changes.derp {
@@ -1153,16 +1208,15 @@ impl Task {
             } else {
                 region(self.report.home)
             },
-            health: self.netmap.health_lines(),
-            peers: self.router.peers(now, region),
-            rx_bytes: self.rx_bytes,
+            health: [self.netmap.health_lines(), self.relays.troubles()].concat(),
+            peers: self
+                .door
+                .router()
+                .peers(now, region, |key| self.neighbours.find(key).is_some()),
+            rx_bytes: self.rx_bytes + self.door.rx_bytes(),
             tx_bytes: self.tx_bytes,
         }
     }
-}
-
-async fn next_crossing(crossings: &mut Option<mpsc::Receiver<Crossing>>) -> Option<Crossing> {
-    crossings.as_mut()?.recv().await
 }
 
 /// The UDP port that a node tries first. It is always the same, so that peers reach the node where
@@ -1292,6 +1346,8 @@ mod tests {
             ephemeral: true,
             names_elsewhere: Vec::new(),
             tun,
+            offload: Offload::All,
+            neighbours: Neighbours::default(),
         };
         (Node::start(config).await.unwrap(), container)
     }

@@ -149,6 +149,11 @@ impl<'a> Packet<'a> {
         }
     }
 
+    /// The same packet as if it had these addresses, for policy to judge.
+    pub fn standing_for(self, src: IpAddr, dst: IpAddr) -> Self {
+        Self { src, dst, ..self }
+    }
+
     /// The packet without padding.
     pub fn bytes(&self) -> &'a [u8] {
         self.bytes

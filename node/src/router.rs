@@ -32,6 +32,7 @@ use ts_bart::RoutingTable;
 use crate::{
     filter::{Filter, Verdict},
     netmap::{Changes, Netmap},
+    offload::Burst,
     packet::{self, Packet, Transport, protocol},
     path::{Action, Path, Route},
     state::Keys,
@@ -62,26 +63,28 @@ const TICK_IDLE: Duration = Duration::from_secs(1);
 /// The port at this address is a DERP region, where an address is wanted (tailcfg.DerpMagicIP).
 const DERP_MAGIC_IP: Ipv4Addr = Ipv4Addr::new(127, 3, 3, 40);
 
-/// Where a piece of [`Out`] goes.
+/// Where a datagram goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum To {
     /// By UDP.
     Address(SocketAddr),
     /// Through a relay.
     Relay(RegionId, NodePublicKey),
-    /// Into the container.
-    Tun,
 }
 
-/// What the router wants sent: one buffer, and which part of it goes where, in order.
+/// What the router wants sent: one buffer, and which part of it goes where.
 #[derive(Debug, Default)]
 pub struct Out {
+    /// The first `len` bytes are in use; the rest is memory that need not be cleared again.
     bytes: Vec<u8>,
+    len: usize,
     sends: Vec<(To, Range<usize>)>,
+    /// Packets for the container, which nothing else waits for.
+    tun: Vec<Range<usize>>,
 }
 
 impl Out {
-    /// The pieces in the order in which they were put. Datagrams of one size to one address that
+    /// The datagrams in the order in which they were put. Those of one size to one address that
     /// lie one behind the other come as one train of at most `room(size)` bytes; the size of each
     /// is given too, and the last may be shorter.
     pub fn trains(
@@ -112,22 +115,30 @@ impl Out {
         })
     }
 
+    /// The packets for the container: where they lie, and the bytes that they lie in. Taking them
+    /// out of the list is for the caller.
+    pub fn for_container(&mut self) -> (&mut [u8], &mut Vec<Range<usize>>) {
+        (&mut self.bytes, &mut self.tun)
+    }
+
     /// Empties it and keeps its memory.
     pub fn clear(&mut self) {
-        self.bytes.clear();
+        self.len = 0;
         self.sends.clear();
+        self.tun.clear();
     }
 
     /// How many bytes wait; for bounding a batch.
     pub fn len(&self) -> usize {
-        self.bytes.len()
+        self.len
     }
 
-    /// Puts a ready datagram or packet.
+    /// Puts a ready datagram.
     pub fn put(&mut self, to: To, bytes: &[u8]) {
-        let start = self.bytes.len();
-        self.bytes.extend_from_slice(bytes);
-        self.sends.push((to, start..self.bytes.len()));
+        let range = self.room(bytes.len());
+        self.bytes[range.clone()].copy_from_slice(bytes);
+        self.len = range.end;
+        self.sends.push((to, range));
     }
 
     /// Lets `write` fill a buffer of `room` bytes at the end and say how many it used.
@@ -136,15 +147,24 @@ impl Out {
         room: usize,
         write: impl FnOnce(&mut [u8]) -> Wrote,
     ) -> (Wrote, Range<usize>) {
-        let start = self.bytes.len();
-        self.bytes.resize(start + room, 0);
-        let wrote = write(&mut self.bytes[start..]);
+        let range = self.room(room);
+        let start = range.start;
+        let wrote = write(&mut self.bytes[range]);
         let len = match wrote {
             Wrote::Network(len) | Wrote::Packet(len) => len,
             Wrote::Nothing | Wrote::Expired => 0,
         };
-        self.bytes.truncate(start + len);
+        self.len = start + len;
         (wrote, start..start + len)
+    }
+
+    /// Memory at the end that is not in use yet.
+    fn room(&mut self, len: usize) -> Range<usize> {
+        let range = self.len..self.len + len;
+        if self.bytes.len() < range.end {
+            self.bytes.resize(range.end, 0);
+        }
+        range
     }
 }
 
@@ -176,11 +196,11 @@ impl From<TunnResult<'_>> for Wrote {
     }
 }
 
-/// What became of a packet from the container.
+/// What is to become of a packet from the container.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Taken {
-    /// It is on its way, or waits for a handshake.
-    Sent,
+    /// It is for the peer in this slot; see [`Router::seal`].
+    ForPeer(usize),
     /// It leads nowhere, or policy forbids it.
     Dropped,
     /// The resolver should answer it.
@@ -192,16 +212,6 @@ pub enum Taken {
 enum Origin {
     Address(SocketAddr),
     Relay(RegionId),
-}
-
-/// A copy of an IPv4 packet with other addresses, for policy to judge: its checksums are wrong.
-fn readdressed(packet: &[u8], src: IpAddr, dst: IpAddr) -> Vec<u8> {
-    let mut copy = packet.to_vec();
-    if let (IpAddr::V4(src), IpAddr::V4(dst), Some(addresses)) = (src, dst, copy.get_mut(12..20)) {
-        addresses[..4].copy_from_slice(&src.octets());
-        addresses[4..].copy_from_slice(&dst.octets());
-    }
-    copy
 }
 
 fn is_query(packet: &Packet<'_>) -> bool {
@@ -226,7 +236,10 @@ pub struct Router {
     routes: ts_bart::Table<usize>,
     filter: Filter,
     endpoints: Vec<SocketAddr>,
+    // Memory that is kept from packet to packet.
     actions: Vec<Action>,
+    sealed: Vec<Range<usize>>,
+    scratch: Vec<u8>,
 }
 
 struct Peer {
@@ -290,6 +303,8 @@ impl Router {
             filter: Filter::default(),
             endpoints: Vec::new(),
             actions: Vec::new(),
+            sealed: Vec::new(),
+            scratch: Vec::new(),
         }
     }
 
@@ -362,16 +377,13 @@ impl Router {
         }
     }
 
-    /// A packet that the container sent.
-    pub fn on_tun(&mut self, bytes: &[u8], now: Instant, out: &mut Out) -> Taken {
-        let Ok(packet) = Packet::parse(bytes) else {
-            return Taken::Dropped;
-        };
+    /// Judges what the container sends: once for a burst, all of which is of one flow.
+    pub fn outbound(&mut self, packet: &Packet<'_>, now: Instant) -> Taken {
         let slot = self.routes.lookup(packet.dst()).copied();
         // Port 53 of a server that is no peer is a query that the engine's own resolver sent on.
         if packet.dst() == SERVICE_V4
             || packet.dst() == SERVICE_V6
-            || (slot.is_none() && is_query(&packet))
+            || (slot.is_none() && is_query(packet))
         {
             return Taken::ForResolver;
         }
@@ -379,33 +391,49 @@ impl Router {
             return Taken::Dropped;
         };
         // Nodes talk among themselves by it, and peers believe it.
-        if packet.protocol() == protocol::TSMP {
+        if packet.protocol() == protocol::TSMP || !self.may_leave(packet, now) {
             return Taken::Dropped;
         }
-        if let Verdict::Drop(reason) = self.filter.outbound(&packet, now) {
+        self.peers[slot].tx_bytes += packet.bytes().len() as u64;
+        Taken::ForPeer(slot)
+    }
+
+    /// Whether policy lets the container send a packet that takes another way than the tunnel.
+    pub fn may_leave(&mut self, packet: &Packet<'_>, now: Instant) -> bool {
+        let verdict = self.filter.outbound(packet, now);
+        if let Verdict::Drop(reason) = verdict {
             trace!(?reason, dst = %packet.dst(), "dropped an outgoing packet");
-            return Taken::Dropped;
         }
-        self.peers[slot].tx_bytes += bytes.len() as u64;
-        self.seal(slot, bytes, now, out);
-        Taken::Sent
+        verdict == Verdict::Accept
     }
 
-    /// Whether policy lets a packet of the container's reach another node without the tunnel;
-    /// `src` and `dst` are the tailnet addresses that its own stand for.
-    pub fn may_leave(&mut self, packet: &[u8], src: IpAddr, dst: IpAddr, now: Instant) -> bool {
-        let stand_in = readdressed(packet, src, dst);
-        Packet::parse(&stand_in)
-            .is_ok_and(|packet| self.filter.outbound(&packet, now) == Verdict::Accept)
+    /// Whether policy lets in what the node with the key `from` brings without the tunnel.
+    pub fn enter(
+        &mut self,
+        from: &NodePublicKey,
+        packet: &Packet<'_>,
+        len: u64,
+        now: Instant,
+    ) -> bool {
+        let Some(&slot) = self.routes.lookup(packet.src()) else {
+            return false;
+        };
+        let accepted =
+            self.peers[slot].key == *from && self.inbound(slot, packet, now) == Verdict::Accept;
+        if accepted {
+            self.peers[slot].rx_bytes += len;
+        }
+        accepted
     }
 
-    /// The same for a packet that another node brings without the tunnel.
-    pub fn may_enter(&mut self, packet: &[u8], src: IpAddr, dst: IpAddr, now: Instant) -> bool {
-        let stand_in = readdressed(packet, src, dst);
-        match (self.routes.lookup(src), Packet::parse(&stand_in)) {
-            (Some(&slot), Ok(packet)) => self.inbound(slot, &packet, now) == Verdict::Accept,
-            _ => false,
-        }
+    /// Our own key, by which peers know us.
+    pub fn key(&self) -> NodePublicKey {
+        self.node_key
+    }
+
+    /// The key of the peer in a slot that [`Taken::ForPeer`] named.
+    pub fn peer_key(&self, slot: usize) -> NodePublicKey {
+        self.peers[slot].key
     }
 
     /// A datagram from UDP that is not STUN's.
@@ -492,8 +520,14 @@ impl Router {
         next
     }
 
-    /// The peers and how packets to them travel, by name. `region` names a DERP region.
-    pub fn peers(&self, now: Instant, region: impl Fn(RegionId) -> String) -> Vec<PeerStatus> {
+    /// The peers and how packets to them travel, by name. `region` names a DERP region; `is_near`
+    /// tells who is reached without a tunnel.
+    pub fn peers(
+        &self,
+        now: Instant,
+        region: impl Fn(RegionId) -> String,
+        is_near: impl Fn(&NodePublicKey) -> bool,
+    ) -> Vec<PeerStatus> {
         let mut peers: Vec<_> = self
             .peers
             .iter()
@@ -502,6 +536,7 @@ impl Router {
                 addresses: peer.addresses.clone(),
                 online: peer.online,
                 path: match peer.path.direct(now) {
+                    _ if is_near(&peer.key) => PeerPath::Local,
                     Some(address) => PeerPath::Direct { address },
                     None => match peer.relay() {
                         Some(To::Relay(id, _)) if peer.path.active(now) => {
@@ -765,14 +800,14 @@ impl Router {
         if packet.protocol() == protocol::TSMP {
             let ours = self.filter.is_local(packet.dst());
             if let Some(pong) = packet::tsmp_pong(&packet).filter(|_| ours) {
-                self.seal(slot, &pong, now, out);
+                self.seal(slot, &Burst::whole(&pong), now, out);
             }
             return;
         }
         match self.inbound(slot, &packet, now) {
             Verdict::Accept => {
                 self.peers[slot].rx_bytes += range.len() as u64;
-                out.sends.push((To::Tun, range));
+                out.tun.push(range);
             }
             Verdict::Drop(reason) => {
                 trace!(?reason, src = %packet.src(), dst = %packet.dst(), "policy dropped a packet");
@@ -788,26 +823,46 @@ impl Router {
         verdict
     }
 
-    /// Encrypts a packet and sends it, or keeps it for the end of the handshake that it begins.
-    fn seal(&mut self, slot: usize, bytes: &[u8], now: Instant, out: &mut Out) {
+    /// Encrypts packets and sends them, or keeps them for the end of the handshake that they begin.
+    pub fn seal(&mut self, slot: usize, burst: &Burst<'_>, now: Instant, out: &mut Out) {
         let peer = &mut self.peers[slot];
         let tunnel = peer
             .tunnel
             .get_or_insert_with(|| Self::tunnel(&self.private, &peer.key, slot, &self.limiter));
-        let room = (bytes.len() + WIREGUARD_OVERHEAD).max(WIREGUARD_MIN);
-        let (wrote, range) = out.write(room, |buffer| tunnel.encapsulate(bytes, buffer).into());
-        if let Wrote::Network(_) = wrote {
+        let mut sealed = std::mem::take(&mut self.sealed);
+        burst.packets(&mut self.scratch, |packet| {
+            let room = (packet.len() + WIREGUARD_OVERHEAD).max(WIREGUARD_MIN);
+            let (wrote, range) =
+                out.write(room, |buffer| tunnel.encapsulate(packet, buffer).into());
+            if let Wrote::Network(_) = wrote {
+                sealed.push(range);
+            }
+        });
+        if !sealed.is_empty() {
             if peer.retry.is_none() && !peer.is_in_session() {
                 peer.retry = Some((now + RETRY_FIRST, RETRY_FIRST));
             }
-            self.send(slot, range, now, out);
+            self.send_all(slot, sealed.drain(..), now, out);
         }
+        self.sealed = sealed;
     }
 
     fn send(&mut self, slot: usize, range: Range<usize>, now: Instant, out: &mut Out) {
+        self.send_all(slot, std::iter::once(range), now, out);
+    }
+
+    fn send_all(
+        &mut self,
+        slot: usize,
+        ranges: impl Iterator<Item = Range<usize>>,
+        now: Instant,
+        out: &mut Out,
+    ) {
         let mut actions = std::mem::take(&mut self.actions);
         let route = self.peers[slot].path.route(now, &mut actions);
-        self.send_by(slot, Some(route), range, now, out);
+        for range in ranges {
+            self.send_by(slot, Some(route), range, now, out);
+        }
         self.act(slot, &mut actions, out);
         self.actions = actions;
     }
@@ -982,6 +1037,18 @@ mod tests {
         node
     }
 
+    /// What the node's task does with what the container sends.
+    fn on_tun(router: &mut Router, bytes: &[u8], now: Instant, out: &mut Out) -> Taken {
+        let Ok(packet) = Packet::parse(bytes) else {
+            return Taken::Dropped;
+        };
+        let taken = router.outbound(&packet, now);
+        if let Taken::ForPeer(slot) = taken {
+            router.seal(slot, &Burst::whole(bytes), now, out);
+        }
+        taken
+    }
+
     impl World {
         fn new(udp_works: bool, rules: impl Fn(usize) -> Vec<FilterRule>) -> Self {
             let hosts: Vec<Host> = (1..=2)
@@ -1032,8 +1099,8 @@ mod tests {
                 packet::udp(SocketAddr::new(src, 1000), SocketAddr::new(dst, 2000), text).unwrap();
             let mut out = Out::default();
             assert_eq!(
-                self.hosts[from].router.on_tun(&packet, self.now, &mut out),
-                Taken::Sent
+                on_tun(&mut self.hosts[from].router, &packet, self.now, &mut out),
+                Taken::ForPeer(0)
             );
             self.carry(from, out);
         }
@@ -1046,10 +1113,14 @@ mod tests {
                 steps += 1;
                 assert!(steps < 1000, "the two talk forever");
                 let sender = (self.hosts[from].udp, self.hosts[from].keys.node.public);
+                let received = out
+                    .tun
+                    .iter()
+                    .map(|packet| out.bytes[packet.clone()].to_vec());
+                self.hosts[from].received.extend(received);
                 for (to, bytes, segment) in out.trains(|segment| segment * 64) {
                     let mut answer = Out::default();
                     match to {
-                        To::Tun => self.hosts[from].received.push(bytes.to_vec()),
                         To::Address(address) => {
                             let Some(at) = self.hosts.iter().position(|h| h.udp == address) else {
                                 continue;
@@ -1118,7 +1189,9 @@ mod tests {
         world.say(0, b"straight");
         assert_eq!(world.heard(1), [b"straight"]);
         assert_eq!(world.by_relay, relayed, "and goes straight now");
-        let status = world.hosts[0].router.peers(world.now, |id| id.to_string());
+        let status = world.hosts[0]
+            .router
+            .peers(world.now, |id| id.to_string(), |_| false);
         assert_eq!(
             status[0].path,
             PeerPath::Direct {
@@ -1137,7 +1210,9 @@ mod tests {
             world.tick();
         }
         assert_eq!(world.heard(1).len(), 5);
-        let status = world.hosts[0].router.peers(world.now, |id| id.to_string());
+        let status = world.hosts[0]
+            .router
+            .peers(world.now, |id| id.to_string(), |_| false);
         assert_eq!(
             status[0].path,
             PeerPath::Relay {
@@ -1213,9 +1288,7 @@ mod tests {
         for (from, src, dst) in [(0, a, b), (1, b, a)] {
             let packet = packet::udp(src, dst, b"asked").unwrap();
             let mut out = Out::default();
-            world.hosts[from]
-                .router
-                .on_tun(&packet, world.now, &mut out);
+            on_tun(&mut world.hosts[from].router, &packet, world.now, &mut out);
             world.carry(from, out);
         }
         assert_eq!(world.heard(0), [b"asked"]);
@@ -1261,7 +1334,7 @@ mod tests {
         assert!(
             world.hosts[1]
                 .router
-                .peers(world.now, |_| String::new())
+                .peers(world.now, |_| String::new(), |_| false)
                 .is_empty()
         );
     }
@@ -1334,16 +1407,15 @@ mod tests {
         };
         let (mut begin, mut lost) = (Out::default(), Out::default());
         let first = packet(&world, 0);
-        world.hosts[0].router.on_tun(&first, world.now, &mut begin);
+        on_tun(&mut world.hosts[0].router, &first, world.now, &mut begin);
         let response = relayed(&mut world, 1, &begin);
         // Host 1 has answered, and does not know yet that host 0 has heard it.
         let second = packet(&world, 1);
-        world.hosts[1].router.on_tun(&second, world.now, &mut lost);
+        on_tun(&mut world.hosts[1].router, &second, world.now, &mut lost);
         let confirmed = relayed(&mut world, 0, &response);
         let waited = relayed(&mut world, 1, &confirmed);
         let heard = relayed(&mut world, 0, &waited);
-        let to_tun = |out: &Out| out.sends.iter().filter(|(to, _)| *to == To::Tun).count();
-        assert_eq!((to_tun(&waited), to_tun(&heard)), (1, 1));
+        assert_eq!((waited.tun.len(), heard.tun.len()), (1, 1));
     }
 
     #[test]
@@ -1353,7 +1425,7 @@ mod tests {
         let ping = |src, dst| packet::tests::raw(src, dst, protocol::TSMP, b"p12345678");
         let from_container = ping(a, b);
         let router = &mut world.hosts[0].router;
-        let taken = router.on_tun(&from_container, world.now, &mut Out::default());
+        let taken = on_tun(router, &from_container, world.now, &mut Out::default());
         assert_eq!(
             taken,
             Taken::Dropped,
@@ -1366,7 +1438,7 @@ mod tests {
             let mut out = Out::default();
             let slot = world.hosts[0].router.by_id[&1];
             let router = &mut world.hosts[0].router;
-            router.seal(slot, &ping(a, dst), world.now, &mut out);
+            router.seal(slot, &Burst::whole(&ping(a, dst)), world.now, &mut out);
             let (mut pongs, key) = (Out::default(), world.hosts[0].keys.node.public);
             let from = world.hosts[0].udp;
             for (to, bytes, _) in out.trains(|_| 0) {
@@ -1392,15 +1464,18 @@ mod tests {
         free.disco_key = None;
         let other = IpAddr::from([100, 64, 0, 7]);
         free.addresses = vec![IpNet::from(other)];
+        let (jailed_key, free_key) = (jailed.key, free.key);
         tell(&mut world, &[(0, jailed), (7, free)], &[0, 7]);
         world.say(0, b"hello");
         assert!(world.heard(1).is_empty());
         let us = world.hosts[1].ip;
         for (src, enters) in [(other, true), (world.hosts[0].ip, false), (other, true)] {
             let from = SocketAddr::new(src, 5);
-            let packet = packet::udp(from, SocketAddr::new(us, 6), b"").unwrap();
+            let bytes = packet::udp(from, SocketAddr::new(us, 6), b"").unwrap();
+            let packet = Packet::parse(&bytes).unwrap();
             let router = &mut world.hosts[1].router;
-            assert_eq!(router.may_enter(&packet, src, us, world.now), enters);
+            let key = if src == other { free_key } else { jailed_key };
+            assert_eq!(router.enter(&key, &packet, 1, world.now), enters);
         }
     }
 
@@ -1410,15 +1485,18 @@ mod tests {
         let me = SocketAddr::new(world.hosts[0].ip, 5000);
         let mut ask = |server: &str| {
             let packet = packet::udp(me, server.parse().unwrap(), b"?").unwrap();
-            world.hosts[0]
-                .router
-                .on_tun(&packet, Instant::now(), &mut Out::default())
+            on_tun(
+                &mut world.hosts[0].router,
+                &packet,
+                Instant::now(),
+                &mut Out::default(),
+            )
         };
         assert_eq!(ask("100.100.100.100:53"), Taken::ForResolver);
         assert_eq!(ask("100.100.100.100:80"), Taken::ForResolver);
         assert_eq!(ask("9.9.9.9:53"), Taken::ForResolver);
         assert_eq!(ask("9.9.9.9:54"), Taken::Dropped);
-        assert_eq!(ask("100.64.0.2:53"), Taken::Sent);
+        assert_eq!(ask("100.64.0.2:53"), Taken::ForPeer(0));
     }
 
     #[test]
@@ -1432,8 +1510,6 @@ mod tests {
             (address, 4),
             (address, 10),
             (other, 10),
-            (To::Tun, 10),
-            (To::Tun, 10),
         ] {
             out.put(to, &vec![7; size]);
         }
@@ -1444,13 +1520,7 @@ mod tests {
         };
         assert_eq!(
             sizes(1000),
-            [
-                (address, 24, 10),
-                (address, 10, 10),
-                (other, 10, 10),
-                (To::Tun, 10, 10),
-                (To::Tun, 10, 10)
-            ]
+            [(address, 24, 10), (address, 10, 10), (other, 10, 10),]
         );
         assert_eq!(sizes(20)[..2], [(address, 20, 10), (address, 4, 4)]);
     }
@@ -1472,7 +1542,7 @@ mod tests {
                 let key = world.hosts[1].keys.node.public;
                 let from = world.hosts[1].udp;
                 let router = &mut world.hosts[0].router;
-                router.on_tun(&bytes, world.now, &mut out);
+                on_tun(router, &bytes, world.now, &mut out);
                 router.on_udp(from, &bytes, world.now, &mut out);
                 router.on_relay(REGION, &key, &bytes, world.now, &mut out);
             }

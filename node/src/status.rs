@@ -85,6 +85,8 @@ pub struct PeerStatus {
 pub enum PeerPath {
     /// Nothing was sent lately.
     Idle,
+    /// Straight into its container, which the same daemon serves.
+    Local,
     /// Straight by UDP.
     Direct {
         /// The peer's address.

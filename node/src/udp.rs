@@ -6,9 +6,11 @@ use std::{
     sync::atomic::{AtomicBool, Ordering},
 };
 
-use quinn_udp::{BATCH_SIZE, RecvMeta, Transmit, UdpSocketState};
+use quinn_udp::{RecvMeta, Transmit, UdpSocketState};
 use rustix::net::sockopt::{
     Ipv4PathMtuDiscovery, Ipv6PathMtuDiscovery, set_ip_mtu_discover, set_ipv6_mtu_discover,
+    set_socket_recv_buffer_size, set_socket_recv_buffer_size_force, set_socket_send_buffer_size,
+    set_socket_send_buffer_size_force,
 };
 use socket2::{Domain, Protocol, Socket, Type};
 use tokio::{io::Interest, net::UdpSocket};
@@ -18,6 +20,13 @@ use tracing::{debug, info};
 const DATAGRAM_MAX: usize = 65_535;
 /// A train the kernel takes without splitting hairs: IPv6 and UDP headers stay below 64 KiB.
 const TRAIN_MAX: usize = 65_535 - 40 - 8;
+
+/// What the kernel may hold for us in each direction, in bytes. A burst of the container's is a train
+/// of 64 KiB; its own default has room for three. More would fill before it drops, and so delay
+/// everything behind it.
+const SOCKET_BUFFER: usize = 1 << 20;
+/// Buffers that one system call may fill, each with a whole train. Few stay in the processor's cache.
+const BUFFERS: usize = 8;
 
 /// A socket in the network namespace of the thread that opened it.
 pub struct Udp {
@@ -31,46 +40,40 @@ pub struct Udp {
 /// Where received datagrams are put; shared by all nodes that a thread runs.
 pub struct Batch {
     buffers: Vec<Vec<u8>>,
-    metas: [RecvMeta; BATCH_SIZE],
+    metas: [RecvMeta; BUFFERS],
     filled: usize,
 }
 
 impl Default for Batch {
     fn default() -> Self {
         Self {
-            buffers: vec![vec![0; DATAGRAM_MAX]; BATCH_SIZE],
-            metas: [RecvMeta::default(); BATCH_SIZE],
+            buffers: vec![vec![0; DATAGRAM_MAX]; BUFFERS],
+            metas: [RecvMeta::default(); BUFFERS],
             filled: 0,
         }
     }
 }
 
 impl Batch {
-    /// The datagrams received last, and where each came from.
-    pub fn datagrams(&self) -> impl Iterator<Item = (SocketAddr, &[u8])> {
-        self.metas[..self.filled]
-            .iter()
-            .zip(&self.buffers)
-            .flat_map(|(meta, buffer)| {
-                // The kernel may join datagrams of one sender: `stride` is the length of each.
-                buffer[..meta.len]
-                    .chunks(meta.stride.max(1))
-                    .map(|datagram| (meta.addr, datagram))
-            })
+    /// What was received last: where it came from, and datagrams of so many bytes each, the last of
+    /// which may be shorter. The kernel joins those of one sender.
+    pub fn trains(&self) -> impl Iterator<Item = (SocketAddr, &[u8], usize)> {
+        let received = self.metas[..self.filled].iter().zip(&self.buffers);
+        received.map(|(meta, buffer)| (meta.addr, &buffer[..meta.len], meta.stride.max(1)))
     }
 }
 
 impl Udp {
     /// Opens a socket on `port`, or on a free one where that is taken; for both families where the
-    /// kernel has IPv6.
-    pub fn open(port: u16) -> io::Result<Self> {
-        Self::bind(port).or_else(|error| {
+    /// kernel has IPv6. `trains`: whether datagrams may be handed to the kernel joined.
+    pub fn open(port: u16, trains: bool) -> io::Result<Self> {
+        Self::bind(port, trains).or_else(|error| {
             info!(port, %error, "another UDP port must do");
-            Self::bind(0)
+            Self::bind(0, trains)
         })
     }
 
-    fn bind(port: u16) -> io::Result<Self> {
+    fn bind(port: u16, trains: bool) -> io::Result<Self> {
         let dual = || {
             let socket = Socket::new(Domain::IPV6, Type::DGRAM.nonblocking(), Some(Protocol::UDP))?;
             socket.set_only_v6(false)?;
@@ -90,12 +93,13 @@ impl Udp {
         };
         let state = UdpSocketState::new((&socket).into())?;
         allow_fragments(&socket, dual)?;
+        enlarge_buffers(&socket);
         let socket = UdpSocket::from_std(socket.into())?;
         Ok(Self {
             socket,
             state,
             dual,
-            single: AtomicBool::new(false),
+            single: AtomicBool::new(!trains),
         })
     }
 
@@ -200,6 +204,17 @@ impl Udp {
             }
             result => result,
         }
+    }
+}
+
+/// Makes room for bursts: as much as is wanted for root, and else as the host's limits allow.
+fn enlarge_buffers(socket: &Socket) {
+    let received = set_socket_recv_buffer_size_force(socket, SOCKET_BUFFER)
+        .or_else(|_| set_socket_recv_buffer_size(socket, SOCKET_BUFFER));
+    let sent = set_socket_send_buffer_size_force(socket, SOCKET_BUFFER)
+        .or_else(|_| set_socket_send_buffer_size(socket, SOCKET_BUFFER));
+    if let Err(error) = received.and(sent) {
+        info!(%error, "the UDP socket keeps its small buffers");
     }
 }
 

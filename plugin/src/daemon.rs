@@ -64,6 +64,31 @@ pub struct Settings {
         default_value = "/var/lib/containers/storage/db.sql"
     )]
     pub podman_db: PathBuf,
+    /// How far the kernel is trusted to take many packets as one: lower it where packets get lost.
+    #[arg(long, value_enum, default_value_t)]
+    pub offload: Offload,
+}
+
+/// Which packets may travel between kernel and daemon as one.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum Offload {
+    /// All that this kernel takes.
+    #[default]
+    All,
+    /// TCP's from and to the containers, and those to one peer.
+    Tcp,
+    /// None: a system call for each packet.
+    None,
+}
+
+impl From<Offload> for tailnode_node::Offload {
+    fn from(offload: Offload) -> Self {
+        match offload {
+            Offload::All => Self::All,
+            Offload::Tcp => Self::Tcp,
+            Offload::None => Self::None,
+        }
+    }
 }
 
 /// Runs the daemon until it gets SIGTERM or SIGINT; then all nodes are stopped.
@@ -83,7 +108,7 @@ pub async fn run(settings: Settings) -> Result<(), Error> {
     let (docker_listener, docker_file) =
         listen(settings.docker_plugin_dir.join("tailscale.sock")).await?;
 
-    let endpoints = Arc::new(Endpoints::new(nodes, defaults)?);
+    let endpoints = Arc::new(Endpoints::new(nodes, defaults, settings.offload.into())?);
     let plugin = Plugin::new(endpoints.clone(), settings.docker_socket);
     let shims = Arc::new(Shims {
         endpoints: endpoints.clone(),
@@ -372,7 +397,8 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let (listener, file) = listen(directory.path().join("s.sock")).await.unwrap();
         let nodes = directory.path().join("nodes");
-        let endpoints = Arc::new(Endpoints::new(nodes, Options::default()).unwrap());
+        let endpoints =
+            Arc::new(Endpoints::new(nodes, Options::default(), Offload::All.into()).unwrap());
         let podman_db = directory.path().join("db.sql");
         let server = tokio::spawn(
             Arc::new(Shims {
@@ -456,7 +482,14 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let (listener, file) = listen(directory.path().join("s.sock")).await.unwrap();
         let shims = Arc::new(Shims {
-            endpoints: Arc::new(Endpoints::new("/nonexistent".into(), Options::default()).unwrap()),
+            endpoints: Arc::new(
+                Endpoints::new(
+                    "/nonexistent".into(),
+                    Options::default(),
+                    Offload::All.into(),
+                )
+                .unwrap(),
+            ),
             podman_db: "/nonexistent/db.sql".into(),
         });
         let server = tokio::spawn(shims.serve(listener));

@@ -343,7 +343,12 @@ mod tests {
 
     fn serve() -> Served {
         let directory = tempfile::tempdir().unwrap();
-        let endpoints = Endpoints::new(directory.path().join("nodes"), Options::default()).unwrap();
+        let endpoints = Endpoints::new(
+            directory.path().join("nodes"),
+            Options::default(),
+            tailnode_node::Offload::All,
+        )
+        .unwrap();
         let plugin = Plugin::new(Arc::new(endpoints), directory.path().join("docker.sock"));
         let listener = UnixListener::bind(directory.path().join("tailscale.sock")).unwrap();
         let router = plugin.clone().router();

@@ -11,7 +11,7 @@ use std::{
 };
 
 use ipnet::IpNet;
-use tailnode_node::{Login, Node, Segment, Zone};
+use tailnode_node::{Login, Neighbours, Node, Offload, Segment, Zone};
 use tailnode_tun::{Interface, Netns};
 use tokio::{
     task::{AbortHandle, JoinSet},
@@ -36,6 +36,9 @@ const DETACH: Duration = Duration::from_secs(3);
 const SILENT: Duration = Duration::from_secs(30);
 /// Longer than a server that is well takes.
 const SILENT_PATIENCE: Duration = Duration::from_secs(2);
+
+/// For how long the status tells of a container that did not start because somebody must let it in.
+const WAITING: Duration = Duration::from_secs(3600);
 
 /// The suffix of names on Podman's bridges (containers-common: defaultDNSDomain).
 const PODMAN_NAMES: &str = "dns.podman";
@@ -82,6 +85,9 @@ pub(crate) struct Endpoints {
     defaults: Options,
     identities: Identities,
     host: (u64, u64),
+    /// All nodes of this daemon.
+    neighbours: Neighbours,
+    offload: Offload,
     state: Mutex<State>,
 }
 
@@ -94,6 +100,8 @@ struct State {
     segments: HashMap<String, Segment>,
     /// Control servers that did not let a node join in time, and when.
     silent: HashMap<Url, Instant>,
+    /// Containers that did not start because somebody must let them in: how they were, and when.
+    waiting: Vec<(ContainerStatus, Instant)>,
     /// Set when the daemon stops.
     closed: bool,
 }
@@ -141,6 +149,15 @@ impl State {
         !self.closed && self.turns.get(key).is_some_and(wanted)
     }
 
+    /// Forgets that a container waited to be let in, and those for whom nobody came.
+    fn forget_waiting(&mut self, guest: &Guest, now: Instant) {
+        self.waiting.retain(|(status, since)| {
+            let same =
+                status.container == guest.container_name && status.network == guest.network_name;
+            !same && now < *since + WAITING
+        });
+    }
+
     /// Whether this very endpoint is the one in its place.
     fn has(&self, endpoint: &Arc<Endpoint>) -> bool {
         self.endpoints
@@ -171,11 +188,17 @@ struct Held {
 impl Endpoints {
     /// None yet. They will keep their state below `directory`; `defaults` is what the host's
     /// configuration sets.
-    pub(crate) fn new(directory: PathBuf, defaults: Options) -> Result<Self, Error> {
+    pub(crate) fn new(
+        directory: PathBuf,
+        defaults: Options,
+        offload: Offload,
+    ) -> Result<Self, Error> {
         Ok(Endpoints {
             defaults,
             identities: Identities::new(directory),
             host: Netns::current()?.id(),
+            neighbours: Neighbours::default(),
+            offload,
             state: Mutex::default(),
         })
     }
@@ -225,9 +248,19 @@ impl Endpoints {
                 self.start(guest, tun, turn, deadline).await?
             }
         };
-        match self.make_ready(&endpoint, deadline).await {
+        let ready = self.make_ready(&endpoint, deadline).await;
+        self.state().forget_waiting(&endpoint.guest, Instant::now());
+        match ready {
             Ok(ready) => Ok(ready),
             Err(error) => {
+                if let Error::Node(
+                    tailnode_node::Error::NeedsLogin { .. }
+                    | tailnode_node::Error::NeedsApproval { .. },
+                ) = error
+                {
+                    let status = endpoint.status().await;
+                    self.state().waiting.push((status, Instant::now()));
+                }
                 // In the background: the time is up, and a logout may take some.
                 let all = self.clone();
                 tokio::spawn(async move { all.end(endpoint, true).await });
@@ -290,6 +323,8 @@ impl Endpoints {
             tags: options.tags.unwrap_or_default(),
             ephemeral,
             names_elsewhere,
+            offload: self.offload,
+            neighbours: self.neighbours.clone(),
             tun,
         })
         .await;
@@ -491,25 +526,23 @@ impl Endpoints {
         Ok(outcomes.into_iter().collect::<Result<(), _>>()?)
     }
 
-    /// All of them, by container and network.
+    /// All of them, and those that wait to be let in, by container and network.
     pub(crate) async fn status(&self) -> Vec<ContainerStatus> {
         let endpoints: Vec<_> = self.state().endpoints.values().cloned().collect();
         let mut list = Vec::new();
         for endpoint in endpoints {
-            let node = endpoint.node.status().await;
-            if !self.state().has(&endpoint) {
-                // It ended while we asked.
-                continue;
+            let status = endpoint.status().await;
+            // It may have ended while we asked.
+            if self.state().has(&endpoint) {
+                list.push(status);
             }
-            let guest = &endpoint.guest;
-            list.push(ContainerStatus {
-                container: guest.container_name.clone(),
-                container_id: guest.container_id.clone(),
-                engine: guest.key.engine,
-                network: guest.network_name.clone(),
-                interface: endpoint.device_name().unwrap_or_default(),
-                node,
-            });
+        }
+        let now = Instant::now();
+        for (status, since) in &self.state().waiting {
+            let place = |other: &ContainerStatus| (other.container.clone(), other.network.clone());
+            if now < *since + WAITING && list.iter().all(|other| place(other) != place(status)) {
+                list.push(status.clone());
+            }
         }
         list.sort_by(|a, b| {
             (&a.container, a.engine, &a.network).cmp(&(&b.container, b.engine, &b.network))
@@ -598,6 +631,18 @@ impl Endpoints {
 }
 
 impl Endpoint {
+    async fn status(&self) -> ContainerStatus {
+        let guest = &self.guest;
+        ContainerStatus {
+            container: guest.container_name.clone(),
+            container_id: guest.container_id.clone(),
+            engine: guest.key.engine,
+            network: guest.network_name.clone(),
+            interface: self.device_name().unwrap_or_default(),
+            node: self.node.status().await,
+        }
+    }
+
     /// Whether the node lives and serves this very device.
     async fn serves(&self, tun: &Tun) -> bool {
         if self.held().identity.is_none() {
@@ -697,7 +742,12 @@ mod tests {
     #[tokio::test]
     async fn a_container_that_is_detached_while_it_waits_gets_no_node() {
         let directory = tempfile::tempdir().unwrap();
-        let all = Endpoints::new(directory.path().to_owned(), Options::default()).unwrap();
+        let all = Endpoints::new(
+            directory.path().to_owned(),
+            Options::default(),
+            Offload::All,
+        )
+        .unwrap();
         let all = Arc::new(all);
         let soon = Instant::now() + Duration::from_secs(60);
         let before = all.identities.take("tailnet", "web", soon).await.unwrap();

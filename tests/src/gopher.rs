@@ -1,4 +1,11 @@
-use std::{fs, net::IpAddr, ops::Deref, path::Path, process::Command, thread, time::Duration};
+use std::{
+    fs,
+    net::{IpAddr, SocketAddr},
+    ops::Deref,
+    path::Path,
+    thread,
+    time::Duration,
+};
 
 use serde_json::Value;
 use tempfile::TempDir;
@@ -26,7 +33,7 @@ impl Gopher {
         key: &str,
         name: &str,
     ) -> Result<Gopher, String> {
-        let mut gopher = Gopher::start(namespace);
+        let mut gopher = Gopher::start(namespace, login_server);
         let key = format!("--auth-key={key}");
         gopher.up(login_server, name, &[&key])?;
         gopher.learn_addresses()?;
@@ -40,7 +47,7 @@ impl Gopher {
         name: &str,
         open: impl FnOnce(&str),
     ) -> Result<Gopher, String> {
-        let mut gopher = Gopher::start(namespace);
+        let mut gopher = Gopher::start(namespace, login_server);
         thread::scope(|scope| {
             let up = scope.spawn(|| gopher.up(login_server, name, &[]));
             let mut page = String::new();
@@ -96,10 +103,10 @@ impl Gopher {
             .unwrap_or_else(|error| panic!("tailscale lock {words:?}: {error}"))
     }
 
-    fn start(namespace: Namespace) -> Gopher {
+    fn start(namespace: Namespace, login_server: &str) -> Gopher {
         let directory = TempDir::new().expect("a directory for tailscaled");
         let gopher = Gopher {
-            _daemon: spawn(&namespace, &directory),
+            _daemon: spawn(&namespace, &directory, login_server.starts_with("http:")),
             namespace,
             addresses: Vec::new(),
             directory,
@@ -158,13 +165,59 @@ impl Gopher {
             .cloned()
     }
 
+    /// Code of the region where it is at home; empty: nowhere.
+    pub fn home_relay(&self) -> String {
+        let status = self.status().unwrap_or_default();
+        let code = status["Self"]["Relay"].as_str();
+        code.unwrap_or_default().to_owned()
+    }
+
+    /// What `tailscale status` shows to a person.
+    pub fn status_text(&self) -> String {
+        self.tailscale(&["status"]).unwrap_or_default()
+    }
+
+    /// What `tailscale netcheck` finds out about the network, as JSON.
+    pub fn netcheck(&self) -> Value {
+        let text = self
+            .tailscale(&["netcheck", "--format=json"])
+            .expect("tailscale netcheck");
+        serde_json::from_str(&text).unwrap_or_else(|error| panic!("{error}: {text}"))
+    }
+
+    /// What `tailscale debug derp` says of a region.
+    pub fn debug_derp(&self, region: &str) -> String {
+        self.tailscale(&["debug", "derp", region])
+            .expect("tailscale debug derp")
+    }
+
+    /// Where it may reach a peer by UDP, in the words of the control server.
+    pub fn endpoints_of(&self, name: &str) -> Vec<SocketAddr> {
+        let text = self.tailscale(&["debug", "netmap"]).unwrap_or_default();
+        let netmap: Value = serde_json::from_str(&text).unwrap_or_default();
+        let peers = netmap["Peers"].as_array().into_iter().flatten();
+        let endpoints = peers
+            .filter(|peer| {
+                let full = peer["Name"].as_str().unwrap_or_default();
+                full.split('.').next() == Some(name)
+            })
+            .filter_map(|peer| peer["Endpoints"].as_array())
+            .flatten();
+        endpoints
+            .map(|endpoint| {
+                let text = endpoint.as_str().unwrap_or_default();
+                text.parse().expect("an address and a port")
+            })
+            .collect()
+    }
+
     fn status(&self) -> Option<Value> {
         let text = self.tailscale(&["status", "--json"]).ok()?;
         serde_json::from_str(&text).ok()
     }
 
     fn tailscale(&self, words: &[&str]) -> Result<String, String> {
-        let mut command = Command::new(peer("tailscale"));
+        let mut command = self.namespace.command(peer("tailscale"));
         let socket = self.directory.path().join("tailscaled.sock");
         command.arg("--socket").arg(socket).args(words);
         ask(command)
@@ -180,7 +233,7 @@ impl Deref for Gopher {
     }
 }
 
-fn spawn(namespace: &Namespace, directory: &TempDir) -> Process {
+fn spawn(namespace: &Namespace, directory: &TempDir, plain_relays: bool) -> Process {
     let path = directory.path();
     // It rewrites /etc/resolv.conf, and so has an /etc of its own.
     let etc = path.join("etc");
@@ -201,8 +254,9 @@ fn spawn(namespace: &Namespace, directory: &TempDir) -> Process {
         .arg(path.join("state"))
         .arg("--socket")
         .arg(path.join("tailscaled.sock"))
-        .env("TS_LOGS_DIR", path)
-        // The relays of these tailnets speak plain HTTP.
-        .env("TS_DEBUG_USE_DERP_HTTP", "1");
+        .env("TS_LOGS_DIR", path);
+    if plain_relays {
+        command.env("TS_DEBUG_USE_DERP_HTTP", "1");
+    }
     Process::spawn(command, path.join("test.log"))
 }

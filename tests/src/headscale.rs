@@ -1,11 +1,17 @@
-use std::{fs, net::TcpStream, path::Path, process::Command, time::Duration};
+use std::{
+    fs,
+    net::TcpStream,
+    path::{Path, PathBuf},
+    process::Command,
+    time::Duration,
+};
 
 use chrono::{DateTime, SecondsFormat, Utc};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use crate::{
-    Underlay, eventually,
+    Site, Underlay, eventually,
     program::{Process, ask, peer},
 };
 
@@ -17,16 +23,24 @@ pub struct Headscale {
     // Goes before the directory that its log is in.
     process: Process,
     state: TempDir,
+    site: Site,
 }
 
 impl Headscale {
     /// Starts one whose nodes' names end in `domain`.
-    pub fn start(underlay: &Underlay, domain: &str) -> Headscale {
+    pub fn start(underlay: &Underlay, domain: &str, site: Site) -> Headscale {
         let state = TempDir::new().expect("a directory for Headscale");
-        fs::write(config(state.path()), configuration(state.path(), domain))
-            .expect("write Headscale's configuration");
-        let process = spawn(underlay, state.path());
-        let headscale = Headscale { process, state };
+        fs::write(state.path().join("derp.yaml"), yaml(&site.regions)).expect("write the DERP map");
+        fs::write(
+            config(state.path()),
+            configuration(state.path(), domain, &site),
+        )
+        .expect("write Headscale's configuration");
+        let headscale = Headscale {
+            process: spawn(underlay, &state),
+            state,
+            site,
+        };
         headscale.wait_until_it_answers(underlay);
         headscale.ask(&["users", "create", "user"]);
         headscale
@@ -39,13 +53,13 @@ impl Headscale {
 
     /// Starts it again after [`Headscale::stop`].
     pub fn restart(&mut self, underlay: &Underlay) {
-        self.process = spawn(underlay, self.state.path());
+        self.process = spawn(underlay, &self.state);
         self.wait_until_it_answers(underlay);
     }
 
     /// The URL that nodes log in to.
     pub fn url(&self) -> String {
-        url()
+        url(&self.site)
     }
 
     /// Makes an auth key; `flags` as for `headscale preauthkeys create`.
@@ -53,6 +67,16 @@ impl Headscale {
         let words = [&["preauthkeys", "create", "--user=1"], flags].concat();
         let output = self.ask(&words);
         output.trim().to_owned()
+    }
+
+    /// Ends all auth keys.
+    pub fn revoke_keys(&self) {
+        let list = self.ask(&["preauthkeys", "list", "--output=json"]);
+        let keys: Vec<Value> = serde_json::from_str(&list).expect("the keys as JSON");
+        for key in keys {
+            let id = format!("--id={}", key["id"].to_string().trim_matches('"'));
+            self.ask(&["preauthkeys", "expire", &id]);
+        }
     }
 
     /// Lets a node in whose login page has this URL.
@@ -116,24 +140,28 @@ impl Headscale {
     }
 }
 
-fn spawn(underlay: &Underlay, state: &Path) -> Process {
+fn spawn(underlay: &Underlay, state: &TempDir) -> Process {
     let mut command = underlay.router.command(peer("headscale"));
-    command.arg("serve").arg("--config").arg(config(state));
-    Process::spawn(command, state.join("test.log"))
+    command
+        .arg("serve")
+        .arg("--config")
+        .arg(config(state.path()));
+    Process::spawn(command, state.path().join("test.log"))
 }
 
-fn url() -> String {
-    format!("http://{}:{PORT}", Underlay::ROUTER)
+fn url(site: &Site) -> String {
+    format!("{}://{}:{PORT}", site.scheme(), Underlay::ROUTER)
 }
 
-fn config(directory: &Path) -> std::path::PathBuf {
+fn config(directory: &Path) -> PathBuf {
     directory.join("config.json")
 }
 
-fn configuration(directory: &Path, domain: &str) -> String {
+fn configuration(directory: &Path, domain: &str, site: &Site) -> String {
     let router = Underlay::ROUTER;
+    let (cert, key) = site.https.clone().unwrap_or_default();
     json!({
-        "server_url": url(),
+        "server_url": url(site), "tls_cert_path": cert, "tls_key_path": key,
         "listen_addr": format!("{router}:{PORT}"),
         "metrics_listen_addr": "",
         "grpc_listen_addr": "127.0.0.1:50443",
@@ -150,7 +178,7 @@ fn configuration(directory: &Path, domain: &str) -> String {
             "nameservers": { "global": [] },
         },
         "derp": {
-            "urls": [], "paths": [], "auto_update_enabled": false,
+            "urls": [], "paths": [directory.join("derp.yaml")], "auto_update_enabled": false,
             "server": {
                 "enabled": true, "region_id": 999, "region_code": "headscale",
                 "region_name": "Headscale", "verify_clients": true,
@@ -164,4 +192,29 @@ fn configuration(directory: &Path, domain: &str) -> String {
         "log": { "level": "info" },
     })
     .to_string()
+}
+
+/// A DERP map as Headscale reads it. What is JSON is YAML, too, but for numbers as keys.
+fn yaml(regions: &[Value]) -> String {
+    let mut text = "regions:\n".to_owned();
+    for region in regions {
+        let id = &region["RegionID"];
+        text += &format!("  {id}: {}\n", lower(region.clone()));
+    }
+    text
+}
+
+/// The same with all keys in lower case.
+fn lower(value: Value) -> Value {
+    match value {
+        Value::Object(map) => {
+            let map = map.into_iter();
+            Value::Object(
+                map.map(|(key, value)| (key.to_lowercase(), lower(value)))
+                    .collect(),
+            )
+        }
+        Value::Array(list) => Value::Array(list.into_iter().map(lower).collect()),
+        other => other,
+    }
 }

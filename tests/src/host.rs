@@ -24,6 +24,7 @@ pub struct Host {
     pub namespace: Namespace,
     /// What its daemon takes for the time of day, where that is not the host's.
     clock: Option<WallClock>,
+    arguments: Vec<&'static str>,
     directory: TempDir,
 }
 
@@ -39,17 +40,37 @@ impl Host {
         Host::start_in(underlay.host(), login_server, Some(key))
     }
 
+    /// The same, with further arguments for the daemon.
+    pub fn start_with(
+        underlay: &Underlay,
+        tailnet: &Tailnet,
+        key: &str,
+        arguments: &[&'static str],
+    ) -> Host {
+        Host::begin(None, underlay.host(), &tailnet.url(), Some(key), arguments)
+    }
+
     /// The same, with any machine; without a key, somebody must open the login page of each node.
     pub fn start_in(namespace: Namespace, login_server: &str, key: Option<&str>) -> Host {
-        Host::start_by(None, namespace, login_server, key)
+        Host::begin(None, namespace, login_server, key, &[])
     }
 
     /// The same, with a daemon that goes by this clock.
     pub fn start_by(
+        clock: WallClock,
+        namespace: Namespace,
+        login_server: &str,
+        key: Option<&str>,
+    ) -> Host {
+        Host::begin(Some(clock), namespace, login_server, key, &[])
+    }
+
+    fn begin(
         clock: Option<WallClock>,
         namespace: Namespace,
         login_server: &str,
         key: Option<&str>,
+        arguments: &[&'static str],
     ) -> Host {
         let directory = TempDir::new().expect("a directory for the daemon");
         let config = directory.path().join("config.toml");
@@ -59,8 +80,9 @@ impl Host {
         });
         let text = format!("login-server = \"{login_server}\"\n{auth_key}");
         fs::write(&config, text).expect("write the daemon's configuration");
-        let daemon = spawn(&namespace, clock.as_ref(), directory.path());
+        let daemon = spawn(&namespace, clock.as_ref(), directory.path(), arguments);
         let host = Host {
+            arguments: arguments.to_vec(),
             namespace,
             clock,
             directory,
@@ -173,6 +195,13 @@ impl Host {
         ask(command)
     }
 
+    /// What `tailnode status` shows to a person.
+    pub fn status_text(&self) -> String {
+        let mut command = Command::new(program("tailnode"));
+        command.arg("status").env("TAILNODE_SOCKET", self.socket());
+        ask(command).expect("tailnode status")
+    }
+
     /// What the daemon says of one container.
     pub fn status_of(&self, container: &Container) -> Option<Value> {
         self.status()
@@ -201,7 +230,12 @@ impl Host {
 
     /// Starts the daemon again, with its state of before.
     pub fn restart(&mut self) {
-        self.daemon = spawn(&self.namespace, self.clock.as_ref(), self.directory.path());
+        self.daemon = spawn(
+            &self.namespace,
+            self.clock.as_ref(),
+            self.directory.path(),
+            &self.arguments,
+        );
         self.wait_until_it_answers();
     }
 
@@ -238,8 +272,14 @@ impl Host {
     }
 }
 
-fn spawn(namespace: &Namespace, clock: Option<&WallClock>, directory: &Path) -> Process {
+fn spawn(
+    namespace: &Namespace,
+    clock: Option<&WallClock>,
+    directory: &Path,
+    arguments: &[&str],
+) -> Process {
     let mut command = namespace.command(program("tailnoded"));
+    command.args(arguments);
     if let Some(clock) = clock {
         clock.rule(&mut command);
     }

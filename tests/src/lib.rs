@@ -4,7 +4,7 @@
 //! coordination server on it, a [`Host`] runs the daemon, and a [`Container`] is a bare namespace
 //! that the host attaches by running the netavark plugin, as Podman would. The peers of others are
 //! a [`Gopher`], which is a machine with Tailscale's own client, and as the coordination server
-//! [`Headscale`] or [`Testcontrol`].
+//! [`Headscale`] or [`Testcontrol`], and as a relay a [`Derper`].
 //!
 //! Nothing here has a name outside the test's process: a namespace lives as long as its file is
 //! open and a child process dies with the thread that started it. So a test that panics, or is
@@ -12,28 +12,34 @@
 
 #![allow(clippy::expect_used, reason = "a test reports by panicking")]
 
+mod authority;
 mod container;
 mod crowd;
+mod derper;
 mod gopher;
 mod headscale;
 mod host;
 mod namespace;
 mod program;
 mod proxy;
+mod site;
 mod tailnet;
 mod testcontrol;
 mod traffic;
 mod underlay;
 mod wall_clock;
 
+pub use authority::Authority;
 pub use container::Container;
 pub use crowd::Crowd;
+pub use derper::Derper;
 pub use gopher::Gopher;
 pub use headscale::Headscale;
 pub use host::Host;
 pub use namespace::Namespace;
 pub use program::eventually;
 pub use proxy::{Mischief, Proxy};
+pub use site::Site;
 pub use tailnet::Tailnet;
 pub use testcontrol::Testcontrol;
 pub use underlay::{Nat, Underlay};

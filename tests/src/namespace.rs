@@ -14,9 +14,13 @@ use nix::{
 use serde_json::Value;
 use tailnode_tun::Netns;
 
+use crate::Authority;
+
 /// A network namespace of its own, with `lo` up and nothing else.
 pub struct Namespace {
     netns: Netns,
+    /// The file of CAs that its programs trust; `None`: the machine's own.
+    trusted: Option<PathBuf>,
 }
 
 impl Namespace {
@@ -36,7 +40,10 @@ impl Namespace {
         })
         .join()
         .expect("a new network namespace");
-        let namespace = Namespace { netns };
+        let namespace = Namespace {
+            netns,
+            trusted: None,
+        };
         namespace.ip("link set lo up");
         // Lets this process send pings without the raw sockets that would see everyone's answers.
         namespace
@@ -52,6 +59,11 @@ impl Namespace {
         &self.netns
     }
 
+    /// Lets the programs inside trust this authority, and those that are known to the whole world.
+    pub fn trust(&mut self, authority: &Authority) {
+        self.trusted = Some(authority.certificate());
+    }
+
     /// A path to it, good for as long as this value lives.
     pub fn path(&self) -> PathBuf {
         let fd = self.netns.as_fd().as_raw_fd();
@@ -65,6 +77,9 @@ impl Namespace {
         command
             .args(["setpriv", "--pdeathsig", "KILL", "--"])
             .arg(program);
+        if let Some(file) = &self.trusted {
+            command.env("SSL_CERT_FILE", file);
+        }
         command
     }
 

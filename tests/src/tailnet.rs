@@ -4,7 +4,7 @@ use serde_json::Value;
 use tempfile::TempDir;
 
 use crate::{
-    Underlay, eventually,
+    Site, Underlay, eventually,
     program::{Process, program},
 };
 
@@ -13,6 +13,7 @@ pub struct Tailnet {
     /// The DNS suffix of its nodes' names.
     pub domain: &'static str,
     port: u16,
+    site: Site,
     // Goes before the directory that its log is in.
     process: Process,
     state: TempDir,
@@ -21,11 +22,17 @@ pub struct Tailnet {
 impl Tailnet {
     /// Starts one. On one underlay, ports must differ: the relay has `port`, STUN the next one.
     pub fn start(underlay: &Underlay, port: u16, domain: &'static str) -> Tailnet {
+        Tailnet::start_as(underlay, port, domain, Site::default())
+    }
+
+    /// The same, with more than a bare server has.
+    pub fn start_as(underlay: &Underlay, port: u16, domain: &'static str, site: Site) -> Tailnet {
         let state = TempDir::new().expect("a directory for the server's state");
-        let process = spawn(underlay, port, domain, &state);
+        let process = spawn(underlay, port, domain, &site, &state);
         let tailnet = Tailnet {
             domain,
             port,
+            site,
             state,
             process,
         };
@@ -40,19 +47,27 @@ impl Tailnet {
 
     /// Starts it again after [`Tailnet::stop`].
     pub fn restart(&mut self, underlay: &Underlay) {
-        self.process = spawn(underlay, self.port, self.domain, &self.state);
+        self.process = spawn(underlay, self.port, self.domain, &self.site, &self.state);
         self.wait_until_it_answers(underlay);
     }
 
     /// The URL that nodes log in to.
     pub fn url(&self) -> String {
-        url(self.port)
+        url(&self.site, self.port)
     }
 
     /// Makes an auth key; `flags` as for `tailnode-control key create`.
     pub fn key(&self, flags: &[&str]) -> String {
         let output = self.control(&["key", "create"], flags);
         output.trim().to_owned()
+    }
+
+    /// Ends all auth keys.
+    pub fn revoke_keys(&self) {
+        for line in self.control(&["key", "list"], &[]).lines() {
+            let id = line.split('\t').next().expect("a key's name");
+            self.control(&["key", "expire"], &[id]);
+        }
     }
 
     /// All nodes, as `tailnode-control node list --json` tells them.
@@ -129,17 +144,26 @@ impl Tailnet {
     }
 }
 
-fn spawn(underlay: &Underlay, port: u16, domain: &str, state: &TempDir) -> Process {
+fn spawn(underlay: &Underlay, port: u16, domain: &str, site: &Site, state: &TempDir) -> Process {
     let mut command = underlay.router.command(program("tailnode-control"));
     command
-        .args(["serve", "--url", &url(port), "--domain", domain])
+        .args(["serve", "--url", &url(site, port), "--domain", domain])
         .args(["--listen", &format!("{}:{port}", Underlay::ROUTER)])
         .args(["--stun", &format!("{}:{}", Underlay::ROUTER, port + 1)])
         .arg("--state")
         .arg(state.path());
+    if let Some((cert, key)) = &site.https {
+        command.arg("--tls-cert").arg(cert);
+        command.arg("--tls-key").arg(key);
+    }
+    if !site.regions.is_empty() {
+        let map = state.path().join("derp.json");
+        fs::write(&map, site.derp_map().to_string()).expect("write the DERP map");
+        command.arg("--derp-map").arg(map);
+    }
     Process::spawn(command, state.path().join("test.log"))
 }
 
-fn url(port: u16) -> String {
-    format!("http://{}:{port}", Underlay::ROUTER)
+fn url(site: &Site, port: u16) -> String {
+    format!("{}://{}:{port}", site.scheme(), Underlay::ROUTER)
 }

@@ -16,6 +16,9 @@ impl Underlay {
     /// The router's address, where the coordination servers listen.
     pub const ROUTER: Ipv4Addr = Ipv4Addr::new(10, 9, 0, 1);
 
+    /// Another address of the router's, for a relay of its own.
+    pub const RELAY: Ipv4Addr = Ipv4Addr::new(10, 9, 0, 2);
+
     /// A router, and no hosts yet.
     #[allow(
         clippy::new_without_default,
@@ -24,7 +27,9 @@ impl Underlay {
     pub fn new() -> Underlay {
         let router = Namespace::new();
         router.sh("sysctl -qw net.ipv4.ip_forward=1");
-        router.ip(&format!("address add {}/32 dev lo", Underlay::ROUTER));
+        for address in [Underlay::ROUTER, Underlay::RELAY] {
+            router.ip(&format!("address add {address}/32 dev lo"));
+        }
         Underlay {
             router,
             hosts: Cell::new(0),
@@ -100,6 +105,22 @@ impl Underlay {
     /// Ends what [`Underlay::silence_servers`] began.
     pub fn hear_servers(&self) {
         self.router.sh("nft delete table inet silence");
+    }
+
+    /// Lets nothing pass between hosts and the server of this URL, whose port is its last part.
+    pub fn cut_off(&self, url: &str) {
+        let port = url.rsplit(':').next().unwrap_or_default();
+        self.router.sh("nft add table ip servers");
+        self.router
+            .sh("nft add chain ip servers input { type filter hook input priority 0 ; }");
+        self.router.sh(&format!(
+            "nft add rule ip servers input iifname host* tcp dport {port} drop"
+        ));
+    }
+
+    /// Ends what [`Underlay::cut_off`] began.
+    pub fn connect_again(&self) {
+        self.router.sh("nft delete table ip servers");
     }
 
     /// Lets no UDP over IPv4 pass from host to host, so that relays are left, and IPv6.

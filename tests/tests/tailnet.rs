@@ -171,6 +171,84 @@ fn containers_on_one_host_reach_each_other() {
         client.container.resolve(magic_dns(), "web").unwrap(),
         web.addresses
     );
+    // No tunnel lies between them, and policy does.
+    assert_eq!(path(&scene.hosts[0], &client.container, "web"), "local");
+    for &address in &web.addresses {
+        same_bytes(&client.container, &web.container, address);
+    }
+    let [v4, ..] = web.addresses[..] else {
+        panic!("no address");
+    };
+    scene.tailnet.set_policy(r#"{ "acls": [] }"#);
+    eventually("policy shuts the way", START, || {
+        client
+            .container
+            .ping_within(v4, Duration::from_secs(1))
+            .is_err()
+    });
+    scene.tailnet.set_policy(
+        r#"{ "acls": [{ "action": "accept", "src": ["*"], "dst": ["web:8000"] }],
+             "hosts": { "web": "WEB" } }"#
+            .replace("WEB", &v4.to_string())
+            .as_str(),
+    );
+    web.container.echo(8000).unwrap();
+    eventually("policy opens a port", START, || {
+        client
+            .container
+            .send((v4, 8000).into(), b"hello")
+            .is_ok_and(|answer| answer == b"hello")
+    });
+    assert!(
+        client.container.ping(v4).is_ok(),
+        "who may reach a port may ping"
+    );
+    assert!(
+        web.container
+            .send((client.addresses[0], 8000).into(), b"")
+            .is_err()
+    );
+}
+
+/// 20 MB go there and come back by TCP, and are the same.
+fn same_bytes(from: &Container, to: &Container, address: IpAddr) {
+    const PORT: u16 = 7000;
+    let bytes: Vec<u8> = (0..20_000_000u32)
+        .map(|number| (number % 251) as u8)
+        .collect();
+    to.echo(PORT).unwrap();
+    assert!(from.send((address, PORT).into(), &bytes).unwrap() == bytes);
+}
+
+/// Whatever the kernel may hand over joined, the same bytes arrive.
+fn without_offload(offload: &'static str) {
+    let underlay = Underlay::new();
+    let tailnet = Tailnet::start(&underlay, PORT, DOMAIN);
+    let key = tailnet.key(&["--reusable"]);
+    // One that may not, and one that may: each has to do with what the other sends.
+    let hosts = [&[offload][..], &[]]
+        .map(|arguments| Host::start_with(&underlay, &tailnet, &key, arguments));
+    let web = Attached::new(&hosts[0], "web");
+    let beside = Attached::new(&hosts[0], "beside");
+    let far = Attached::new(&hosts[1], "far");
+    for (from, to) in [(&far, &web), (&web, &far), (&beside, &web)] {
+        for &address in &to.addresses {
+            reaches(&from.container, address);
+            same_bytes(&from.container, &to.container, address);
+        }
+    }
+}
+
+#[test]
+#[ignore = "needs root and network namespaces; run by `sudo make test`"]
+fn bytes_arrive_where_only_tcp_is_offloaded() {
+    without_offload("--offload=tcp");
+}
+
+#[test]
+#[ignore = "needs root and network namespaces; run by `sudo make test`"]
+fn bytes_arrive_without_offloads() {
+    without_offload("--offload=none");
 }
 
 #[test]

@@ -656,8 +656,8 @@ go_struct! {
         #[serde_with(skip_apply)]
         #[serde(default, deserialize_with = "present")]
         pub regions: BTreeMap<RegionId, DerpRegion>,
-        /// Do not add Tailscale's own regions.
-        #[serde(rename = "omitDefaultRegions")]
+        /// Do not add Tailscale's own regions. People write it in either case.
+        #[serde(rename = "omitDefaultRegions", alias = "OmitDefaultRegions")]
         pub omit_default_regions: bool,
     }
 }

@@ -1,12 +1,14 @@
-// testcontrol serves the control server of Tailscale's own tests, whose tailnet has one relay.
-// Everything is in memory, and everyone may reach everyone.
+// testcontrol serves the control server of Tailscale's own tests. Everything is in memory, and
+// everyone may reach everyone.
 package main
 
 import (
+	"encoding/json"
 	"flag"
 	"log"
 	"net/http"
-	"net/netip"
+	"os"
+	"strings"
 
 	"tailscale.com/tailcfg"
 	"tailscale.com/tstest/integration/testcontrol"
@@ -15,16 +17,30 @@ import (
 
 func main() {
 	listen := flag.String("listen", "", "IP:PORT of the control server")
-	relay := flag.String("relay", "", "IP:PORT of the relay, which is told to nodes")
-	stunPort := flag.Int("stun-port", 3478, "its STUN port")
+	tlsCert := flag.String("tls-cert", "", "serve HTTPS with the certificate in this file")
+	tlsKey := flag.String("tls-key", "", "the file with its key")
+	derpMap := flag.String("derp-map", "", "file with the relays that are told to nodes, as JSON")
 	domain := flag.String("domain", "", "suffix of all names")
 	authKey := flag.String("auth-key", "", "what nodes must know to join")
+	byLogin := flag.Bool("by-login", false, "nodes join when somebody opens their login page")
 	flag.Parse()
-	relayAt := netip.MustParseAddrPort(*relay)
 
-	log.Fatal(http.ListenAndServe(*listen, administered(&testcontrol.Server{
-		ExplicitBaseURL:  "http://" + *listen,
+	text, err := os.ReadFile(*derpMap)
+	if err != nil {
+		log.Fatal(err)
+	}
+	var relays tailcfg.DERPMap
+	if err := json.Unmarshal(text, &relays); err != nil {
+		log.Fatalf("%s: %v", *derpMap, err)
+	}
+	scheme := "http://"
+	if *tlsCert != "" {
+		scheme = "https://"
+	}
+	control := &testcontrol.Server{
+		ExplicitBaseURL:  scheme + *listen,
 		RequireAuthKey:   *authKey,
+		RequireAuth:      *byLogin,
 		MagicDNSDomain:   *domain,
 		AllNodesSameUser: true,
 		AllOnline:        true,
@@ -36,18 +52,19 @@ func main() {
 			Domains: []string{*domain},
 			Routes:  map[string][]*dnstype.Resolver{*domain: nil},
 		},
-		DERPMap: &tailcfg.DERPMap{Regions: map[int]*tailcfg.DERPRegion{1: {
-			RegionID:   1,
-			RegionCode: "test",
-			Nodes: []*tailcfg.DERPNode{{
-				Name:     "1a",
-				RegionID: 1,
-				HostName: relayAt.Addr().String(),
-				IPv4:     relayAt.Addr().String(),
-				IPv6:     "none",
-				DERPPort: int(relayAt.Port()),
-				STUNPort: *stunPort,
-			}},
-		}}},
-	})))
+		DERPMap: &relays,
+	}
+	server := administered(control)
+	handler := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		switch {
+		case !strings.HasPrefix(r.URL.Path, "/auth/"):
+			server.ServeHTTP(w, r)
+		case !control.CompleteAuth(r.URL.Path):
+			http.NotFound(w, r)
+		}
+	})
+	if *tlsCert != "" {
+		log.Fatal(http.ListenAndServeTLS(*listen, *tlsCert, *tlsKey, handler))
+	}
+	log.Fatal(http.ListenAndServe(*listen, handler))
 }

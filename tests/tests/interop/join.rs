@@ -1,6 +1,9 @@
+use std::{
+    thread,
+    time::{Duration, Instant},
+};
+
 use serde_json::json;
-use std::thread;
-use std::time::Duration;
 use tailnode_tests::Host;
 
 use crate::scene::*;
@@ -11,7 +14,11 @@ pub const CASES: &[Case] = &[
     ("join.expired", WITH_KEYS, expired),
     ("join.ephemeral", WITH_KEYS, ephemeral),
     ("join.tagged", WITH_KEYS, tagged),
-    ("join.login", WITH_KEYS, login),
+    ("join.revoked", WITH_KEYS, revoked),
+    ("join.login", ALL, login),
+    ("join.private-ca", ALL, private_ca),
+    ("join.plain-http", ALL, plain_http),
+    ("join.server-away", ALL, server_away),
 ];
 
 fn reusable(server: Server) {
@@ -78,8 +85,19 @@ fn tagged(server: Server) {
     reach(&gopher, &web.addresses);
 }
 
-fn login(server: Server) {
+fn revoked(server: Server) {
     let scene = Scene::new(server);
+    let key = scene.key(&["--reusable"]);
+    let _before = scene.ours("before", &key, scene.host());
+    scene.revoke_keys();
+    let ours = Ours::join(scene.host(), &scene.url(), &key, "web").err();
+    assert!(ours.is_some_and(|error| error.contains("key")));
+    let theirs = Gopher::join(scene.host(), &scene.url(), &key, "gopher").err();
+    assert!(theirs.is_some());
+}
+
+fn login(server: Server) {
+    let scene = Scene::by_login(server);
     let open = |page: &str| scene.approve(page);
     let gopher = Gopher::log_in(scene.host(), &scene.url(), "gopher", open).unwrap();
     // Our container's start fails and tells the page; the next one succeeds.
@@ -88,9 +106,80 @@ fn login(server: Server) {
     let error = host.attach(&container).unwrap_err();
     let page = error
         .split_whitespace()
-        .find(|word| word.contains("/register/"));
-    let page = page.unwrap_or_else(|| panic!("no page in: {error}"));
-    scene.approve(page.trim_matches(|c: char| !c.is_alphanumeric()));
+        .find(|word| word.starts_with(&scene.url()))
+        .unwrap_or_else(|| panic!("no page in: {error}"));
+    let status = host.status_of(&container).unwrap_or_default();
+    let login = &status["node"]["login"];
+    assert_eq!(*login, json!({ "state": "needs-login", "url": page }));
+    assert!(host.status_text().contains(&format!("log in: open {page}")));
+    assert!(host.log().contains(page), "the log does not tell {page}");
+    scene.approve(page);
     let web = Ours::attach(host, container).unwrap();
+    assert_eq!(web.node()["login"], json!({ "state": "running" }));
+    assert_eq!(web.host.status().len(), 1);
+    reach(&web, &gopher.addresses);
     reach(&gopher, &web.addresses);
+}
+
+fn private_ca(server: Server) {
+    let scene = Scene::secure(server);
+    assert!(scene.url().starts_with("https:"));
+    let (web, gopher) = scene.pair(scene.host(), scene.host());
+    reach(&web, &gopher.addresses);
+    reach(&gopher, &web.addresses);
+    // A machine that was not told of the CA, which learns what to do.
+    let key = scene.key(&["--reusable"]);
+    let error = Ours::join(scene.underlay.host(), &scene.url(), &key, "stranger").err();
+    let error = error.expect("we joined by a server that proved nothing");
+    assert!(error.contains("SSL_CERT_FILE"), "{error}");
+}
+
+fn plain_http(server: Server) {
+    let scene = Scene::new(server);
+    assert!(scene.url().starts_with("http:"));
+    let (web, gopher) = scene.pair(scene.host(), scene.host());
+    reach(&web, &gopher.addresses);
+    reach(&gopher, &web.addresses);
+}
+
+fn server_away(server: Server) {
+    let scene = Scene::new(server);
+    let key = scene.key(&["--reusable"]);
+    scene.underlay.cut_off(&scene.url());
+    let host = Host::start_in(scene.host(), &scene.url(), Some(&key));
+    let container = Container::new("web");
+    let began = Instant::now();
+    let error = host.attach(&container).unwrap_err();
+    assert!(began.elapsed() < Duration::from_secs(10));
+    assert!(
+        error.contains("control server") && error.contains(&scene.url()),
+        "{error}"
+    );
+
+    scene.underlay.connect_again();
+    let web = Ours::attach(host, container).unwrap();
+    let gopher = scene.gopher("gopher", &key, scene.host());
+    direct(&web, &gopher);
+
+    // A known container starts from its last map.
+    scene.underlay.cut_off(&scene.url());
+    let Ours {
+        host, container, ..
+    } = web;
+    host.detach(&container).unwrap();
+    let began = Instant::now();
+    let web = Ours::attach(host, container.started_again()).unwrap();
+    assert!(began.elapsed() < Duration::from_secs(10));
+    reach(&web, &gopher.addresses[..1]);
+    within(30, "our status tells it", || {
+        web.node()["login"]["state"] == "offline"
+    });
+
+    scene.underlay.connect_again();
+    within(60, "our node is back", || {
+        web.node()["login"]["state"] == "running"
+    });
+    let late = scene.gopher("late", &key, scene.host());
+    reach(&web, &late.addresses);
+    reach(&late, &web.addresses);
 }

@@ -336,12 +336,7 @@ const DAY: i64 = 24 * 3600;
 /// A scene's pair, of which our host has a clock that can be set.
 fn clocked(scene: &Scene) -> (Ours, Gopher) {
     let key = scene.key(&["--reusable"]);
-    let host = Host::start_by(
-        Some(WallClock::new()),
-        scene.host(),
-        &scene.url(),
-        Some(&key),
-    );
+    let host = Host::start_by(WallClock::new(), scene.host(), &scene.url(), Some(&key));
     let web = Ours::attach(host, Container::new("web")).unwrap();
     let gopher = scene.gopher("gopher", &key, scene.host());
     direct(&web, &gopher);

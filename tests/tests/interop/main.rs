@@ -17,6 +17,7 @@ mod names;
 mod policy;
 mod relay;
 mod scene;
+mod wire;
 
 use std::{
     any::Any,
@@ -35,6 +36,7 @@ const GROUPS: &[&[Case]] = &[
     join::CASES,
     direct::CASES,
     relay::CASES,
+    wire::CASES,
     names::CASES,
     policy::CASES,
     life::CASES,

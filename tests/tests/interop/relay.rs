@@ -1,9 +1,21 @@
+use std::net::Ipv4Addr;
+
+use tailnode_tests::Underlay;
+
 use crate::scene::*;
 
 pub const CASES: &[Case] = &[
     ("relay.udp-blocked", ALL, udp_blocked),
     ("relay.path-lost", ALL, path_lost),
+    ("relay.two-regions", ALL, two_regions),
+    ("relay.restarted", ALL, restarted),
+    ("relay.untrusted", ALL, untrusted),
+    ("relay.home-lost", ALL, home_lost),
 ];
+
+/// The relay of the first region, and that of the second.
+const FIRST: Ipv4Addr = Underlay::ROUTER;
+const OTHER: Ipv4Addr = Underlay::RELAY;
 
 fn udp_blocked(server: Server) {
     let scene = Scene::new(server);
@@ -27,4 +39,82 @@ fn path_lost(server: Server) {
         passes(&web, gopher.addresses[0]) && web.path_to("gopher") == "direct"
     });
     direct(&web, &gopher);
+}
+
+fn two_regions(server: Server) {
+    for (ours, theirs) in [(FIRST, OTHER), (OTHER, FIRST)] {
+        let scene = Scene::two_regions(server);
+        scene.underlay.block_udp();
+        let far = |home| if home == FIRST { OTHER } else { FIRST };
+        let code = |home| if home == FIRST { scene.first() } else { SECOND };
+        let (web, gopher) = scene.pair(
+            scene.host_far_from(far(ours)),
+            scene.host_far_from(far(theirs)),
+        );
+        within(30, "each is at home in another region", || {
+            web.home_relay() == code(ours) && gopher.home_relay() == code(theirs)
+        });
+        relayed(&web, &gopher);
+        // Each end sends to where the other is at home.
+        assert_eq!(web.relay_to("gopher"), code(theirs));
+        let pong = gopher.ping_once(web.addresses[0]).unwrap();
+        assert!(
+            pong.contains(&format!("via DERP({})", code(ours))),
+            "{pong}"
+        );
+        same_bytes(&web, &gopher, 1_000_000);
+    }
+}
+
+fn restarted(server: Server) {
+    let mut scene = Scene::new(server);
+    scene.underlay.block_udp();
+    let (web, gopher) = scene.pair(scene.host(), scene.host());
+    relayed(&web, &gopher);
+    scene.restart_relay();
+    arrives(&web, &gopher, gopher.addresses[0], 30);
+    arrives(&gopher, &web, web.addresses[0], 30);
+    relayed(&web, &gopher);
+}
+
+fn untrusted(server: Server) {
+    let scene = Scene::two_regions_one_untrusted(server);
+    scene.underlay.block_udp();
+    let (web, gopher) = scene.pair(scene.host_far_from(FIRST), scene.host_far_from(OTHER));
+    let told = |text: String| text.contains("no trusted TLS connection to 10.9.0.2");
+    within(30, "our status tells why", || {
+        told(web.node()["health"].to_string()) && told(web.host.status_text())
+    });
+    assert!(told(web.host.log()), "the log does not tell why");
+    // Nothing passes there, and all by the other region.
+    relayed(&web, &gopher);
+    within(30, "our home is the other region", || {
+        web.home_relay() == scene.first()
+    });
+    same_bytes(&web, &gopher, 1_000_000);
+}
+
+fn home_lost(server: Server) {
+    let mut scene = Scene::two_regions(server);
+    scene.underlay.block_udp();
+    let (web, gopher) = scene.pair(scene.host_far_from(FIRST), scene.host_far_from(OTHER));
+    within(30, "our home is the second region", || {
+        web.home_relay() == SECOND
+    });
+    relayed(&web, &gopher);
+    let mut relay = scene.relay.take().unwrap();
+    relay.kill();
+    relay.restart_without_relay(&scene.underlay);
+    within(60, "our home is the first region", || {
+        web.home_relay() == scene.first()
+    });
+    arrives(&gopher, &web, web.addresses[0], 30);
+    arrives(&web, &gopher, gopher.addresses[0], 30);
+    relayed(&web, &gopher);
+    relay.kill();
+    relay.restart(&scene.underlay);
+    within(120, "our home is the second region again", || {
+        web.home_relay() == SECOND
+    });
+    relayed(&web, &gopher);
 }

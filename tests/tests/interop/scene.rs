@@ -3,13 +3,13 @@
 use std::{
     fmt,
     io::{Read, Write},
-    net::{IpAddr, TcpStream, UdpSocket},
+    net::{IpAddr, Ipv4Addr, TcpStream, UdpSocket},
     ops::Deref,
     time::Duration,
 };
 
 use serde_json::{Value, json};
-use tailnode_tests::{Headscale, Tailnet, Testcontrol, eventually};
+use tailnode_tests::{Authority, Derper, Headscale, Site, Tailnet, Testcontrol, eventually};
 
 pub use tailnode_tests::{
     Container, Crowd, Gopher, Host, Mischief, Namespace, Proxy, Underlay, WallClock,
@@ -52,18 +52,79 @@ pub enum Control {
 /// A server on the router of an underlay, and nobody there yet.
 pub struct Scene {
     pub control: Control,
+    /// The relay of the second region, where there is one.
+    pub relay: Option<Derper>,
+    /// Who has certified the server, where it speaks HTTPS.
+    authority: Option<Authority>,
     pub underlay: Underlay,
 }
 
 impl Scene {
     pub fn new(server: Server) -> Scene {
-        let underlay = Underlay::new();
-        let control = match server {
-            C => Control::Ours(Tailnet::start(&underlay, PORT, DOMAIN)),
-            H => Control::Headscale(Headscale::start(&underlay, DOMAIN)),
-            T => Control::Testcontrol(Testcontrol::start(&underlay, DOMAIN)),
+        Scene::start(server, Underlay::new(), Site::default(), None, None)
+    }
+
+    /// The server and its relay speak HTTPS, with certificates of a CA that only the machines of
+    /// the scene know.
+    pub fn secure(server: Server) -> Scene {
+        let authority = Authority::new();
+        let site = Site {
+            https: Some(authority.issue(Underlay::ROUTER)),
+            ..Site::default()
         };
-        Scene { control, underlay }
+        Scene::start(server, Underlay::new(), site, None, Some(authority))
+    }
+
+    /// Beside the server's own relay there is another, in a region of its own, [`SECOND`].
+    pub fn two_regions(server: Server) -> Scene {
+        Scene::with_second(server, None)
+    }
+
+    /// The same, and that relay has a certificate of a CA that nobody knows.
+    pub fn two_regions_one_untrusted(server: Server) -> Scene {
+        Scene::with_second(server, Some(&Authority::new()))
+    }
+
+    /// Nodes are let in by a person.
+    pub fn by_login(server: Server) -> Scene {
+        let site = Site {
+            by_login: true,
+            ..Site::default()
+        };
+        Scene::start(server, Underlay::new(), site, None, None)
+    }
+
+    fn with_second(server: Server, authority: Option<&Authority>) -> Scene {
+        let underlay = Underlay::new();
+        let relay = Derper::start(&underlay, Underlay::RELAY, authority);
+        let site = Site {
+            regions: vec![relay.region(2, SECOND)],
+            ..Site::default()
+        };
+        Scene::start(server, underlay, site, Some(relay), None)
+    }
+
+    fn start(
+        server: Server,
+        underlay: Underlay,
+        site: Site,
+        relay: Option<Derper>,
+        authority: Option<Authority>,
+    ) -> Scene {
+        let control = match server {
+            C => Control::Ours(Tailnet::start_as(&underlay, PORT, DOMAIN, site)),
+            H => Control::Headscale(Headscale::start(&underlay, DOMAIN, site)),
+            T => {
+                let authority = authority.as_ref();
+                Control::Testcontrol(Testcontrol::start(&underlay, DOMAIN, site, authority))
+            }
+        };
+        Scene {
+            control,
+            relay,
+            authority,
+            underlay,
+        }
     }
 
     pub fn url(&self) -> String {
@@ -97,12 +158,21 @@ impl Scene {
         }
     }
 
+    /// Ends all auth keys.
+    pub fn revoke_keys(&self) {
+        match &self.control {
+            Control::Ours(server) => server.revoke_keys(),
+            Control::Headscale(server) => server.revoke_keys(),
+            Control::Testcontrol(_) => panic!("testcontrol has one key for ever"),
+        }
+    }
+
     /// Lets a node in whose login page has this URL.
     pub fn approve(&self, page: &str) {
         match &self.control {
             Control::Ours(server) => server.approve(page),
             Control::Headscale(server) => server.approve(page),
-            Control::Testcontrol(_) => panic!("testcontrol has no login page"),
+            Control::Testcontrol(server) => server.approve(&self.underlay, page),
         }
     }
 
@@ -178,7 +248,41 @@ impl Scene {
 
     /// A machine on a link of its own, seen by all others.
     pub fn host(&self) -> Namespace {
-        self.underlay.host()
+        let mut host = self.underlay.host();
+        if let Some(authority) = &self.authority {
+            host.trust(authority);
+        }
+        host
+    }
+
+    /// A machine to which the relay at this address seems far away.
+    pub fn host_far_from(&self, relay: Ipv4Addr) -> Namespace {
+        let host = self.host();
+        host.far_from(relay);
+        host
+    }
+
+    /// Code of the server's own region.
+    pub fn first(&self) -> &'static str {
+        match self.control {
+            Control::Ours(_) => "tailnode",
+            Control::Headscale(_) => "headscale",
+            Control::Testcontrol(_) => "test",
+        }
+    }
+
+    /// Restarts the server's own relay, and with it the server, where they are one program.
+    pub fn restart_relay(&mut self) {
+        match &mut self.control {
+            Control::Testcontrol(server) => {
+                server.relay.kill();
+                server.relay.restart(&self.underlay);
+            }
+            _ => {
+                self.stop_server();
+                self.restart_server();
+            }
+        }
     }
 
     pub fn ours(&self, name: &str, key: &str, machine: Namespace) -> Ours {
@@ -266,17 +370,30 @@ impl Ours {
         Ours::attach(self.host, self.container.started_again())
     }
 
+    /// Code of the region where it is at home; empty: nowhere.
+    pub fn home_relay(&self) -> String {
+        let node = self.node();
+        node["home_relay"].as_str().unwrap_or_default().to_owned()
+    }
+
     /// How it sends to the peer of this name, in the words of its status; empty: it knows none.
     pub fn path_to(&self, peer: &str) -> String {
-        let status = self.host.status_of(&self.container).unwrap_or_default();
+        let path = self.path(peer);
+        path["via"].as_str().unwrap_or_default().to_owned()
+    }
+
+    /// Code of the region that it sends to the peer of this name by; empty: none.
+    pub fn relay_to(&self, peer: &str) -> String {
+        let path = self.path(peer);
+        path["region"].as_str().unwrap_or_default().to_owned()
+    }
+
+    fn path(&self, peer: &str) -> Value {
         let full = format!("{peer}.{DOMAIN}");
-        let peers = status["node"]["peers"].as_array();
-        let found = peers
-            .into_iter()
-            .flatten()
-            .find(|status| status["name"] == *full);
-        let via = found.and_then(|peer| peer["path"]["via"].as_str());
-        via.unwrap_or_default().to_owned()
+        let node = self.node();
+        let mut peers = node["peers"].as_array().into_iter().flatten();
+        let found = peers.find(|status| status["name"] == *full);
+        found.map_or(Value::Null, |peer| peer["path"].clone())
     }
 }
 
@@ -292,6 +409,8 @@ impl Deref for Ours {
 /// Where all servers listen on the router.
 pub const PORT: u16 = 8080;
 pub const DOMAIN: &str = "demo.internal";
+/// Code of the region of [`Scene::relay`].
+pub const SECOND: &str = "second";
 pub const MAGIC_DNS: &str = "100.100.100.100:53";
 
 /// One ping passes, after some time for news of the peer to arrive.
