@@ -208,10 +208,11 @@ fn server_restart(server: Server) {
     talk.goes_on(1_000_000);
 }
 
-/// How long the server is away: in a run that may take its time, `AWAY=600`.
-fn away() -> Duration {
+/// For how many seconds the server is away: in a run that may take its time, `AWAY=600`. Whose it
+/// is makes little difference while it is away.
+fn away(server: Server) -> u64 {
     let seconds = env::var("AWAY").ok().and_then(|text| text.parse().ok());
-    Duration::from_secs(seconds.unwrap_or(60))
+    seconds.unwrap_or(if matches!(server, C) { 60 } else { 15 })
 }
 
 /// Nothing comes from the server any more, and nobody says so.
@@ -222,8 +223,7 @@ fn server_away(server: Server) {
     let mut there = Talk::begin(&web, &gopher, gopher.addresses[0]);
     let mut back = Talk::begin(&gopher, &web, web.addresses[0]);
     scene.underlay.silence_servers();
-    let seconds = away().as_secs();
-    for _ in 0..seconds {
+    for _ in 0..away(server) {
         there.goes_on(50_000);
         back.goes_on(50_000);
         thread::sleep(Duration::from_secs(1));
