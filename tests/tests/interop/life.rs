@@ -15,6 +15,7 @@ pub const CASES: &[Case] = &[
     ("life.expired-asks", WITH_KEYS, expired_asks),
     ("life.expired-peer", ALL, expired_peer),
     ("life.deleted", WITH_KEYS, deleted),
+    ("life.swept-out", WITH_KEYS, swept_out),
     ("life.renamed", ALL, renamed),
     ("life.logout", WITH_KEYS, logout),
     ("life.logout-peer", WITH_KEYS, logout_peer),
@@ -110,6 +111,33 @@ fn deleted(server: Server) {
     let web = web.restarted().unwrap();
     reach(&gopher, &web.addresses);
     same_bytes(&web, &gopher, 1_000_000);
+}
+
+/// An ephemeral node that its server forgot while it was away joins by itself, and its container has
+/// the new address.
+fn swept_out(server: Server) {
+    let scene = Scene::new(server);
+    let key = scene.key(&["--reusable"]);
+    let gopher = scene.gopher("gopher", &key, scene.host());
+    let host = Host::start_in(scene.host(), &scene.url(), Some(&key));
+    let container = Container::new("web");
+    let ephemeral = json!({ "ephemeral": "true" });
+    host.attach_to(&container, "tailnet", ephemeral).unwrap();
+    let web = Ours {
+        addresses: Vec::new(),
+        container,
+        host,
+    };
+    reach(&gopher, &web.addresses_now());
+    let id_of = || gopher.peer("web").map(|peer| peer["ID"].clone());
+    let before = id_of();
+    scene.delete("web");
+    // Traffic makes it look after its network more often, and so hear of it under Headscale.
+    within(150, "it has joined anew", || {
+        passes(&web, gopher.addresses[0]) && id_of().is_some_and(|now| Some(now) != before)
+    });
+    reach(&gopher, &web.addresses_now());
+    reach(&web, &gopher.addresses);
 }
 
 fn renamed(server: Server) {
