@@ -37,7 +37,7 @@ engines:
 
 interop: ## (root) our nodes with the programs of others: Tailscale's client and test server, Headscale
 	@[ "$$(id -u)" = 0 ] || { echo "make interop: run me as root (sudo make interop)" >&2; exit 1; }
-	@$(networks)
+	@$(networks) faketime:faketime
 	@integration/peers/build >/dev/null
 	@set -e; $(cargo) build --workspace --bins; \
 	test=$$($(cargo) test -p tailnode-tests --test interop --no-run --message-format=json | sed -nE 's/.*"executable":"([^"]+)".*/\1/p'); \

@@ -980,6 +980,7 @@ mod tests {
             auth: Some(RegisterResponseAuth {
                 auth_key: auth_key.to_owned(),
             }),
+            node_key_signature: None,
             expiry: None,
             followup: String::new(),
             hostinfo: Some(Hostinfo {

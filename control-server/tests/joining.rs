@@ -152,6 +152,7 @@ impl Client {
             node_key: self.node.public,
             old_node_key: None,
             auth: None,
+            node_key_signature: None,
             expiry: None,
             followup: String::new(),
             hostinfo: Some(Hostinfo {

@@ -741,6 +741,7 @@ impl Session {
             old_node_key: None,
             auth: None,
             // Any time long gone (controlclient/direct.go).
+            node_key_signature: None,
             expiry: DateTime::from_timestamp(123, 0),
             followup: String::new(),
             hostinfo: Some(self.hostinfo.clone()),

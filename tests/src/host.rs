@@ -22,9 +22,9 @@ pub struct Host {
     daemon: Process,
     /// Its place on the underlay.
     pub namespace: Namespace,
-    arguments: Vec<&'static str>,
     /// What its daemon takes for the time of day, where that is not the host's.
     clock: Option<WallClock>,
+    arguments: Vec<&'static str>,
     directory: TempDir,
 }
 
@@ -57,12 +57,12 @@ impl Host {
 
     /// The same, with a daemon that goes by this clock.
     pub fn start_by(
-        clock: Option<WallClock>,
+        clock: WallClock,
         namespace: Namespace,
         login_server: &str,
         key: Option<&str>,
     ) -> Host {
-        Host::begin(clock, namespace, login_server, key, &[])
+        Host::begin(Some(clock), namespace, login_server, key, &[])
     }
 
     fn begin(
@@ -230,11 +230,10 @@ impl Host {
 
     /// Starts the daemon again, with its state of before.
     pub fn restart(&mut self) {
-        let directory = self.directory.path();
         self.daemon = spawn(
             &self.namespace,
             self.clock.as_ref(),
-            directory,
+            self.directory.path(),
             &self.arguments,
         );
         self.wait_until_it_answers();

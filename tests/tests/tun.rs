@@ -299,6 +299,36 @@ fn configuring_again_changes_nothing() {
 
 #[test]
 #[ignore = "needs root and network namespaces; run by `sudo make test`"]
+fn routes_follow_the_addresses() {
+    for trap_dns in [false, true] {
+        let (scene, fresh) = (Scene::new(), Scene::new());
+        let before = Interface {
+            trap_dns,
+            ..interface()
+        };
+        let after = Interface {
+            addresses: vec![
+                "100.64.0.8/32".parse().unwrap(),
+                "fd7a:115c:a1e0::8/128".parse().unwrap(),
+            ],
+            ..before.clone()
+        };
+        scene.configure(&before);
+        scene.configure(&after);
+        fresh.configure(&after);
+        // The kernel numbers devices and times addresses by itself.
+        let sources = |scene: &Scene| {
+            let main = scene.container.ip("-4 route show table main");
+            main + &scene.container.ip("-6 route show table main proto 84")
+        };
+        assert_eq!(sources(&scene), sources(&fresh));
+        assert!(sources(&scene).contains("src fd7a:115c:a1e0::8"));
+        assert_eq!(scene.addresses(), fresh.addresses());
+    }
+}
+
+#[test]
+#[ignore = "needs root and network namespaces; run by `sudo make test`"]
 fn what_is_no_longer_wanted_goes_and_what_is_not_ours_stays() {
     let scene = Scene::new();
     let bare = Scene::new();

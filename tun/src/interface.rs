@@ -166,8 +166,11 @@ impl Device<'_> {
             self.set_sysctl("ipv4", "rp_filter", "2")?;
         }
         self.set_up(interface.mtu)?;
-        self.set_addresses(&addresses)?;
+        self.add_addresses(&addresses)?;
         self.set_routes(&routes(interface, &addresses))?;
+        // Last: the kernel would take the source from IPv6 routes that have an address as theirs,
+        // and they would stay as routes that nobody knows again.
+        self.remove_other_addresses(&addresses)?;
         for family in [AddressFamily::Inet, AddressFamily::Inet6] {
             let has_address = addresses
                 .iter()
@@ -199,7 +202,7 @@ impl Device<'_> {
             .map_err(|cause| self.refused(format!("set the MTU {mtu} and bring it up"), cause))
     }
 
-    fn set_addresses(&mut self, wanted: &[IpNet]) -> Result<(), Error> {
+    fn add_addresses(&mut self, wanted: &[IpNet]) -> Result<(), Error> {
         for address in wanted {
             let message = address_message(self.index, address);
             self.netlink
@@ -209,6 +212,10 @@ impl Device<'_> {
                 )
                 .map_err(|cause| self.refused(format!("add the address {address}"), cause))?;
         }
+        Ok(())
+    }
+
+    fn remove_other_addresses(&mut self, wanted: &[IpNet]) -> Result<(), Error> {
         let present = self
             .netlink
             .list(RouteNetlinkMessage::GetAddress(AddressMessage::default()))

@@ -131,6 +131,9 @@ pub struct RegisterRequest {
     /// The auth key, if the node has one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub auth: Option<RegisterResponseAuth>,
+    /// Tailnet-lock signature of the node key, base64, if the node can make one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub node_key_signature: Option<String>,
     /// Asks for an expiry; a time in the past logs the node out.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub expiry: Option<DateTime<Utc>>,

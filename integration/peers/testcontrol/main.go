@@ -59,10 +59,11 @@ func main() {
 		},
 		DERPMap: &relays,
 	}
+	server := administered(control)
 	handler := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		switch {
 		case !strings.HasPrefix(r.URL.Path, "/auth/"):
-			administered(control).ServeHTTP(w, r)
+			server.ServeHTTP(w, r)
 		case !control.CompleteAuth(r.URL.Path):
 			http.NotFound(w, r)
 		}

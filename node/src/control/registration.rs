@@ -1,9 +1,11 @@
 //! How a node joins: what to ask the control server, and what its answers mean
 //! (controlclient/direct.go, doLogin).
 
+use base64::{Engine, engine::general_purpose::STANDARD};
 use tailnode_wire::{
     CAPABILITY_VERSION,
     keys::NodeKeyPair,
+    lock::Credential,
     tailcfg::{Hostinfo, RegisterRequest, RegisterResponse, RegisterResponseAuth},
 };
 
@@ -106,16 +108,17 @@ impl Registration {
         hostinfo: Hostinfo,
         ephemeral: bool,
     ) -> RegisterRequest {
-        let auth = auth_key
-            .filter(|_| self.present_key)
-            .map(|key| RegisterResponseAuth {
-                auth_key: key.expose().to_owned(),
-            });
+        let presented = auth_key.filter(|_| self.present_key);
+        let (auth_key, credential) = presented.map(|key| Credential::of(key.expose())).unzip();
+        let signed = credential.flatten().map(|by| by.sign(&self.node.public));
         RegisterRequest {
             version: CAPABILITY_VERSION,
             node_key: self.node.public,
             old_node_key: self.old.as_ref().map(|old| old.public),
-            auth,
+            auth: auth_key.map(|key| RegisterResponseAuth {
+                auth_key: key.to_owned(),
+            }),
+            node_key_signature: signed.map(|signature| STANDARD.encode(signature)),
             expiry: None,
             followup: self.visit.clone().unwrap_or_default(),
             hostinfo: Some(hostinfo),

@@ -15,6 +15,7 @@ pub const CASES: &[Case] = &[
     ("life.expired-asks", WITH_KEYS, expired_asks),
     ("life.expired-peer", ALL, expired_peer),
     ("life.deleted", WITH_KEYS, deleted),
+    ("life.swept-out", WITH_KEYS, swept_out),
     ("life.renamed", ALL, renamed),
     ("life.logout", WITH_KEYS, logout),
     ("life.logout-peer", WITH_KEYS, logout_peer),
@@ -110,6 +111,33 @@ fn deleted(server: Server) {
     let web = web.restarted().unwrap();
     reach(&gopher, &web.addresses);
     same_bytes(&web, &gopher, 1_000_000);
+}
+
+/// An ephemeral node that its server forgot while it was away joins by itself, and its container has
+/// the new address.
+fn swept_out(server: Server) {
+    let scene = Scene::new(server);
+    let key = scene.key(&["--reusable"]);
+    let gopher = scene.gopher("gopher", &key, scene.host());
+    let host = Host::start_in(scene.host(), &scene.url(), Some(&key));
+    let container = Container::new("web");
+    let ephemeral = json!({ "ephemeral": "true" });
+    host.attach_to(&container, "tailnet", ephemeral).unwrap();
+    let web = Ours {
+        addresses: Vec::new(),
+        container,
+        host,
+    };
+    reach(&gopher, &web.addresses_now());
+    let id_of = || gopher.peer("web").map(|peer| peer["ID"].clone());
+    let before = id_of();
+    scene.delete("web");
+    // Traffic makes it look after its network more often, and so hear of it under Headscale.
+    within(150, "it has joined anew", || {
+        passes(&web, gopher.addresses[0]) && id_of().is_some_and(|now| Some(now) != before)
+    });
+    reach(&gopher, &web.addresses_now());
+    reach(&web, &gopher.addresses);
 }
 
 fn renamed(server: Server) {
@@ -208,10 +236,11 @@ fn server_restart(server: Server) {
     talk.goes_on(1_000_000);
 }
 
-/// How long the server is away: in a run that may take its time, `AWAY=600`.
-fn away() -> Duration {
+/// For how many seconds the server is away: in a run that may take its time, `AWAY=600`. Whose it
+/// is makes little difference while it is away.
+fn away(server: Server) -> u64 {
     let seconds = env::var("AWAY").ok().and_then(|text| text.parse().ok());
-    Duration::from_secs(seconds.unwrap_or(60))
+    seconds.unwrap_or(if matches!(server, C) { 60 } else { 15 })
 }
 
 /// Nothing comes from the server any more, and nobody says so.
@@ -222,8 +251,7 @@ fn server_away(server: Server) {
     let mut there = Talk::begin(&web, &gopher, gopher.addresses[0]);
     let mut back = Talk::begin(&gopher, &web, web.addresses[0]);
     scene.underlay.silence_servers();
-    let seconds = away().as_secs();
-    for _ in 0..seconds {
+    for _ in 0..away(server) {
         there.goes_on(50_000);
         back.goes_on(50_000);
         thread::sleep(Duration::from_secs(1));
@@ -336,12 +364,7 @@ const DAY: i64 = 24 * 3600;
 /// A scene's pair, of which our host has a clock that can be set.
 fn clocked(scene: &Scene) -> (Ours, Gopher) {
     let key = scene.key(&["--reusable"]);
-    let host = Host::start_by(
-        Some(WallClock::new()),
-        scene.host(),
-        &scene.url(),
-        Some(&key),
-    );
+    let host = Host::start_by(WallClock::new(), scene.host(), &scene.url(), Some(&key));
     let web = Ours::attach(host, Container::new("web")).unwrap();
     let gopher = scene.gopher("gopher", &key, scene.host());
     direct(&web, &gopher);
