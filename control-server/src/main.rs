@@ -33,7 +33,7 @@ struct Cli {
 #[derive(Subcommand)]
 enum Command {
     /// Run the server.
-    Serve(Serve),
+    Serve(Box<Serve>),
     /// Auth keys, by which nodes join.
     #[command(subcommand)]
     Key(KeyCommand),
@@ -241,7 +241,7 @@ async fn main() -> ExitCode {
 
 async fn run(command: Command) -> anyhow::Result<()> {
     match command {
-        Command::Serve(args) => serve(args).await,
+        Command::Serve(args) => serve(*args).await,
         Command::Policy(PolicyCommand::Check { file }) => Ok(read_policy(&file).map(drop)?),
         Command::Policy(PolicyCommand::Set { file, state }) => {
             let text = std::fs::read_to_string(&file)
