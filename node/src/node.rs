@@ -937,10 +937,10 @@ impl Task {
                 self.relays.set_addresses(&local.all);
                 self.asked_nearest = false;
             }
-            if local.goes_another_way_than(&self.local) {
-                if let Some(session) = &self.session {
-                    session.moved();
-                }
+            if local.goes_another_way_than(&self.local)
+                && let Some(session) = &self.session
+            {
+                session.moved();
             }
             self.checked_at = None;
             self.local = local;
