@@ -14,7 +14,7 @@ use hickory_proto::{
     rr::{Name, RData, Record},
 };
 
-use crate::Underlay;
+use crate::{Namespace, Underlay};
 
 /// A DNS server on the underlay's router, by UDP and TCP. It ends when it is dropped.
 pub struct NameServer {
@@ -43,16 +43,22 @@ impl NameServer {
 
     /// Starts one at this address, which knows these names and no others.
     pub fn start(underlay: &Underlay, address: Ipv4Addr, records: &[(&str, RData)]) -> NameServer {
-        underlay
-            .router
-            .ip(&format!("address replace {address}/32 dev lo"));
+        NameServer::start_in(&underlay.router, address, records)
+    }
+
+    /// The same on another machine, which gets the address.
+    pub fn start_in(
+        machine: &Namespace,
+        address: Ipv4Addr,
+        records: &[(&str, RData)],
+    ) -> NameServer {
+        machine.ip(&format!("address replace {address}/32 dev lo"));
         let name = |text| Name::from_ascii(text).expect("a name");
         let records = records
             .iter()
             .map(|(text, data)| (name(text), data.clone()));
         let records: Records = Arc::new(records.collect());
-        let (udp, tcp) = underlay
-            .router
+        let (udp, tcp) = machine
             .run(|| {
                 Ok((
                     UdpSocket::bind((address, 53))?,

@@ -1,6 +1,7 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, TcpListener, TcpStream};
 use std::time::Duration;
 
+use hickory_proto::rr::{RData, rdata::A};
 use serde_json::{Value, json};
 use tailnode_tests::Host;
 
@@ -9,6 +10,7 @@ use crate::scene::*;
 pub const CASES: &[Case] = &[
     ("routes.accept", ALL, accept),
     ("routes.advertise", ALL, advertise),
+    ("routes.name-server", ALL, name_server),
     ("routes.policy", WITH_POLICY, policy),
     ("routes.approved-by-policy", WITH_POLICY, approved_by_policy),
     ("routes.stand-by", ALL, stand_by),
@@ -198,6 +200,32 @@ fn advertise(server: Server) {
     router.host.detach(&router.container).unwrap();
     let switches = "sysctl -n net.ipv4.ip_forward net.ipv6.conf.all.forwarding";
     assert_eq!(router.sh(switches), "0\n0\n");
+}
+
+/// The server that the tailnet names for a zone is in a subnet, and nowhere else.
+fn name_server(server: Server) {
+    let scene = Scene::new(server);
+    let key = scene.key(&["--reusable"]);
+    let (router, lan) = their_router(&scene, &key, "router");
+    let office = NameServer::OFFICE;
+    let name = format!("intranet.{}.", NameServer::OFFICE_ZONE);
+    let IpAddr::V4(somewhere) = INTERNET[0] else {
+        unreachable!("the first is IPv4");
+    };
+    let known = [(&*name, RData::A(A(somewhere)))];
+    let _office = NameServer::start_in(&lan.machine, office, &known);
+    router.ip(&format!("route add {office} via {}", lan.addresses[0]));
+    let route = format!("{office}/32");
+    router.set(&[&format!("--advertise-routes={route}")]);
+    scene.set_routes("router", &[&route]);
+    let web = our_client(&scene, &key, "web");
+    let gopher = their_client(&scene, &key, "gopher");
+    for asker in [&web as &Namespace, &gopher] {
+        reach(asker, &[office.into()]);
+        within(10, "the name is resolved", || {
+            asker.resolve(MAGIC_DNS.parse().unwrap(), &name) == Ok(vec![INTERNET[0]])
+        });
+    }
 }
 
 fn policy(server: Server) {
