@@ -6,7 +6,7 @@
 cargo := integration/cargo
 tools := target/tools
 # What the tests build networks with.
-networks := integration/need ip:iproute2 tc:iproute2 nft:nftables sysctl:procps
+networks := integration/need ip:iproute2 tc:iproute2 nft:nftables sysctl:procps faketime:faketime
 
 help: ## show this
 	@sed -nE 's/^([a-z]+):.*## (.*)/make \1|\2/p' Makefile | column -t -s '|'

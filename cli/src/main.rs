@@ -36,7 +36,9 @@ named here stays; more may come.
   node                 hostname, name, addresses, login_server, home_relay, health, rx_bytes, tx_bytes
   node.login.state     starting, needs-login (with url and reason), needs-approval, running, offline (with error),
                        refused (with error), expired, stopped
-  node.peers           of each: name, addresses, online (null: not said), rx_bytes, tx_bytes
+  node.routes          what it offers: routed and unconfirmed; exit_node: the one that it is to use;
+                       exits: whether it does
+  node.peers           of each: name, addresses, online (null: not said), routes, rx_bytes, tx_bytes
   node.peers[].path    via: idle, direct (with address) or relay (with region)
 
 Exit status: 0 done; 1 no answer from tailnoded, or no such container; 2 wrong usage.";
@@ -110,7 +112,7 @@ mod tests {
     use std::collections::BTreeSet;
 
     use serde_json::Value;
-    use tailnode_node::{Login, PeerPath, PeerStatus, Status};
+    use tailnode_node::{Login, PeerPath, PeerStatus, RouteStatus, Status};
     use tailnode_plugin::api::{ContainerStatus, Engine};
 
     use super::*;
@@ -134,6 +136,7 @@ mod tests {
             name: String::new(),
             addresses: Vec::new(),
             online: None,
+            routes: Vec::new(),
             path,
             rx_bytes: 0,
             tx_bytes: 0,
@@ -152,6 +155,7 @@ mod tests {
                 login_server: String::new(),
                 home_relay: String::new(),
                 health: Vec::new(),
+                routes: RouteStatus::default(),
                 peers: vec![
                     peer(PeerPath::Idle),
                     peer(PeerPath::Direct {

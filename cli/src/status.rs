@@ -1,13 +1,13 @@
 //! The status as text.
 
-use std::{fmt::Write, net::IpAddr};
+use std::fmt::{Display, Write};
 
-use tailnode_node::{Login, PeerPath, PeerStatus, Status};
+use tailnode_node::{Login, PeerPath, PeerStatus, RouteStatus, Status};
 use tailnode_plugin::api::ContainerStatus;
 
 /// A table of the containers, each with a table of its peers below it.
-pub fn render(list: &[ContainerStatus]) -> String {
-    if list.is_empty() {
+pub fn render(containers: &[ContainerStatus]) -> String {
+    if containers.is_empty() {
         return "No container is on a tailnet. Start one on a network made with \
                 `podman network create -d tailscale NAME`, or docker's.\n"
             .into();
@@ -24,22 +24,25 @@ pub fn render(list: &[ContainerStatus]) -> String {
         .map(String::from)
         .to_vec(),
     ];
-    rows.extend(list.iter().map(|status| {
+    rows.extend(containers.iter().map(|status| {
         vec![
             status.container.clone(),
             status.engine.to_string(),
             status.network.clone(),
             name(&status.node).to_owned(),
-            addresses(&status.node.addresses),
+            list(&status.node.addresses),
             state(&status.node.login).to_owned(),
         ]
     }));
     let mut lines = align(&rows).into_iter();
     let mut text = lines.next().unwrap_or_default() + "\n";
-    for (line, status) in lines.zip(list) {
+    for (line, status) in lines.zip(containers) {
         text += &format!("{line}\n");
         for remark in remarks(&status.node) {
             text += &format!("  ! {}\n", printable(&remark));
+        }
+        for line in routes(&status.node.routes) {
+            text += &format!("  {}\n", printable(&line));
         }
         let peers: Vec<_> = status.node.peers.iter().map(peer).collect();
         for line in align(&peers) {
@@ -57,14 +60,12 @@ fn name(node: &Status) -> &str {
     }
 }
 
-fn addresses(addresses: &[IpAddr]) -> String {
-    match addresses {
-        [] => "-".into(),
-        all => all
-            .iter()
-            .map(IpAddr::to_string)
-            .collect::<Vec<_>>()
-            .join(","),
+fn list(things: &[impl Display]) -> String {
+    let texts: Vec<_> = things.iter().map(ToString::to_string).collect();
+    if texts.is_empty() {
+        "-".into()
+    } else {
+        texts.join(",")
     }
 }
 
@@ -113,6 +114,24 @@ fn remarks(node: &Status) -> Vec<String> {
         .collect()
 }
 
+/// What it routes for others, and by whom everything of its own leaves.
+fn routes(routes: &RouteStatus) -> Vec<String> {
+    let mut lines = Vec::new();
+    if !routes.routed.is_empty() {
+        lines.push(format!("routes {}", list(&routes.routed)));
+    }
+    if !routes.unconfirmed.is_empty() {
+        lines.push(format!(
+            "offers to route {} (not confirmed: not approved, or another node has the turn)",
+            list(&routes.unconfirmed)
+        ));
+    }
+    if routes.exits {
+        lines.push(format!("everything leaves by {}", routes.exit_node));
+    }
+    lines
+}
+
 fn peer(peer: &PeerStatus) -> Vec<String> {
     let path = match &peer.path {
         PeerPath::Idle if peer.online == Some(false) => "offline".into(),
@@ -123,10 +142,14 @@ fn peer(peer: &PeerStatus) -> Vec<String> {
     };
     vec![
         peer.name.clone(),
-        addresses(&peer.addresses),
+        list(&peer.addresses),
         path,
         format!("rx {}", size(peer.rx_bytes)),
         format!("tx {}", size(peer.tx_bytes)),
+        match peer.routes.as_slice() {
+            [] => String::new(),
+            routes => format!("routes {}", list(routes)),
+        },
     ]
 }
 
@@ -197,6 +220,7 @@ mod tests {
             login_server: "https://headscale.example.com/".into(),
             home_relay: String::new(),
             health: Vec::new(),
+            routes: RouteStatus::default(),
             peers: Vec::new(),
             rx_bytes: 0,
             tx_bytes: 0,
@@ -225,6 +249,7 @@ mod tests {
             name: name.into(),
             addresses: vec![address.parse().unwrap()],
             online,
+            routes: Vec::new(),
             path,
             rx_bytes: bytes,
             tx_bytes: bytes / 1024,
@@ -329,6 +354,34 @@ web        podman  tailnet  web.demo.internal  100.64.0.1,fd7a:115c:a1e0::1  run
             assert!(text.contains(expected), "{text}");
         }
         assert_eq!(words(Login::Running).lines().count(), 2);
+    }
+
+    #[test]
+    fn routes_are_shown_where_there_are_any() {
+        let nets = |nets: &[&str]| nets.iter().map(|net| net.parse().unwrap()).collect();
+        let mut gateway = peer("gw.t", "100.64.0.2", Some(true), PeerPath::Idle, 0);
+        gateway.routes = nets(&["10.1.0.0/24", "0.0.0.0/0"]);
+        let status = Status {
+            routes: RouteStatus {
+                routed: nets(&["10.2.0.0/24", "fd00:2::/64"]),
+                unconfirmed: nets(&["10.3.0.0/24"]),
+                exit_node: "gw".into(),
+                exits: true,
+            },
+            peers: vec![gateway],
+            ..node(Login::Running)
+        };
+        let text = render(&[container("web", Engine::Podman, status)]);
+        let lines: Vec<_> = text.lines().skip(2).collect();
+        assert_eq!(
+            lines,
+            [
+                "  routes 10.2.0.0/24,fd00:2::/64",
+                "  offers to route 10.3.0.0/24 (not confirmed: not approved, or another node has the turn)",
+                "  everything leaves by gw",
+                "  gw.t  100.64.0.2  idle  rx 0 B  tx 0 B  routes 10.1.0.0/24,0.0.0.0/0",
+            ]
+        );
     }
 
     #[test]

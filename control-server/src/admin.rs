@@ -4,6 +4,7 @@
 use std::{io, os::unix::fs::PermissionsExt, path::Path, sync::Arc};
 
 use chrono::Utc;
+use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 use tailnode_wire::tailcfg::{DerpMap, NodeId};
 use tokio::{
@@ -14,7 +15,7 @@ use tokio::{
 use crate::{
     AuthKey, DEFAULT_DOMAIN, Error, KeySpec, NodeSummary,
     store::Store,
-    tailnet::{Site, State, Tailnet},
+    tailnet::{Names, Site, State, Tailnet},
 };
 
 /// In the state directory, which only its owner can enter.
@@ -59,6 +60,20 @@ pub enum Request {
         id: String,
         /// Its owner; `None`: `user@DOMAIN`.
         user: Option<String>,
+    },
+    /// Let a node route what it offers.
+    ApproveRoutes {
+        /// Which.
+        id: NodeId,
+        /// All, some or one of its routes.
+        routes: Vec<IpNet>,
+    },
+    /// Take such an approval back.
+    RevokeRoutes {
+        /// Which.
+        id: NodeId,
+        /// All, some or one of its routes.
+        routes: Vec<IpNet>,
     },
     /// Enforce another policy.
     SetPolicy {
@@ -109,6 +124,14 @@ impl Request {
                 Answer::Done
             }
             Self::ApproveNode { id, user } => Answer::Node(state.approve(&id, user, now)?),
+            Self::ApproveRoutes { id, routes } => {
+                state.approve_routes(id, &routes)?;
+                Answer::Done
+            }
+            Self::RevokeRoutes { id, routes } => {
+                state.revoke_routes(id, &routes)?;
+                Answer::Done
+            }
             Self::SetPolicy { text } => {
                 state.set_policy(&text)?;
                 Answer::Done
@@ -196,6 +219,7 @@ impl Site {
             url,
             domain,
             derp_map: DerpMap::default(),
+            names: Names::default(),
         })
     }
 }

@@ -38,12 +38,13 @@ use std::{
 };
 
 use chrono::Utc;
+use ipnet::IpNet;
 use tailnode_wire::{
     stun,
     tailcfg::{DerpMap, DerpNode, DerpRegion, NodeId, RegionId},
 };
 use tokio::{
-    net::{TcpListener, UdpSocket},
+    net::{TcpSocket, UdpSocket},
     task::JoinSet,
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
@@ -61,7 +62,7 @@ mod web;
 
 pub use policy::{Policy, PolicyError};
 pub use store::AuthKey;
-pub use tailnet::{KeySpec, NodeSummary};
+pub use tailnet::{KeySpec, Names, NodeSummary, RouteSummary};
 pub use tls::TlsFiles;
 
 use crate::{
@@ -90,6 +91,8 @@ pub struct Config {
     pub domain: String,
     /// The policy file; `None`: what `policy set` said last, or everything is allowed.
     pub policy: Option<PathBuf>,
+    /// Names beyond those of the nodes.
+    pub names: Names,
     /// The certificate to serve HTTPS with; `None`: plain HTTP.
     pub tls: Option<TlsFiles>,
     /// Further relays, in the form of `tailcfg.DERPMap`; `None`: this server is the only one.
@@ -106,6 +109,7 @@ impl Config {
             state: state.into(),
             domain: DEFAULT_DOMAIN.to_owned(),
             policy: None,
+            names: Names::default(),
             tls: None,
             derp_map: None,
         }
@@ -250,10 +254,34 @@ pub enum Error {
         /// Who would own the node.
         user: String,
     },
+    /// A route to approve that the node does not offer.
+    #[error(
+        "node {id} does not offer the route {route}; it offers {}",
+        listed(offered)
+    )]
+    RouteNotOffered {
+        /// The node.
+        id: NodeId,
+        /// What was to be approved.
+        route: IpNet,
+        /// What could be.
+        offered: Vec<IpNet>,
+    },
     /// All addresses are taken.
     #[error("all addresses of 100.64.0.0/10 are taken; delete nodes that are gone")]
     NoAddress,
 }
+
+fn listed(routes: &[IpNet]) -> String {
+    if routes.is_empty() {
+        return "none".to_owned();
+    }
+    let routes: Vec<_> = routes.iter().map(ToString::to_string).collect();
+    routes.join(", ")
+}
+
+/// Connections that may wait to be taken.
+const BACKLOG: u32 = 1024;
 
 /// A running server; it ends when this is dropped.
 pub struct Server {
@@ -274,9 +302,7 @@ impl Server {
         let policy = config.policy.as_deref().map(read_policy).transpose()?;
         let tls = config.tls.as_ref().map(tls::acceptor).transpose()?;
 
-        let http = TcpListener::bind(config.listen)
-            .await
-            .map_err(listen(config.listen))?;
+        let http = bind(config.listen).map_err(listen(config.listen))?;
         let http_addr = http.local_addr().map_err(Error::Serve)?;
         let stun = match config.stun {
             Some(addr) => Some(UdpSocket::bind(addr).await.map_err(listen(addr))?),
@@ -308,12 +334,16 @@ impl Server {
             url: url.clone(),
             domain,
             derp_map,
+            names: config.names,
         };
         let tailnet = Arc::new(Tailnet::open(store, tailnet_site, policy)?);
         let admin = admin::listen(&config.state).map_err(|source| Error::StateDir {
             dir: config.state.clone(),
             source,
         })?;
+        // Not before: who finds the port open finds the administrator's socket, too. Without that,
+        // the command line changes the state itself, and the server does not learn of it.
+        let http = http.listen(BACKLOG).map_err(listen(config.listen))?;
 
         let site = Arc::new(web::Site {
             tailnet: Arc::clone(&tailnet),
@@ -408,6 +438,18 @@ impl Drop for Server {
     fn drop(&mut self) {
         self.site.stop.cancel();
     }
+}
+
+/// Takes the address without listening there yet.
+fn bind(address: SocketAddr) -> io::Result<TcpSocket> {
+    let socket = match address {
+        SocketAddr::V4(_) => TcpSocket::new_v4()?,
+        SocketAddr::V6(_) => TcpSocket::new_v6()?,
+    };
+    // As tokio's listeners do: a restart need not wait for old connections' ends.
+    socket.set_reuseaddr(true)?;
+    socket.bind(address)?;
+    Ok(socket)
 }
 
 /// Reads and checks a policy file.

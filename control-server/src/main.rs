@@ -3,7 +3,7 @@
 use std::{
     collections::BTreeSet,
     io::{IsTerminal, Write},
-    net::SocketAddr,
+    net::{IpAddr, SocketAddr},
     path::PathBuf,
     process::ExitCode,
     time::Duration,
@@ -12,8 +12,9 @@ use std::{
 use anyhow::{anyhow, bail};
 use chrono::{DateTime, Utc};
 use clap::{Args, Parser, Subcommand};
+use ipnet::IpNet;
 use tailnode_control_server::{
-    Config, DEFAULT_DOMAIN, KeySpec, Server, TlsFiles,
+    Config, DEFAULT_DOMAIN, KeySpec, Names, Server, TlsFiles,
     admin::{self, Answer, Request},
     read_policy,
 };
@@ -33,13 +34,16 @@ struct Cli {
 #[derive(Subcommand)]
 enum Command {
     /// Run the server.
-    Serve(Serve),
+    Serve(Box<Serve>),
     /// Auth keys, by which nodes join.
     #[command(subcommand)]
     Key(KeyCommand),
     /// The nodes that have joined or want to.
     #[command(subcommand)]
     Node(NodeCommand),
+    /// The subnets and exits that nodes offer; `node list` shows them.
+    #[command(subcommand)]
+    Route(RouteCommand),
     /// Who may reach whom.
     #[command(subcommand)]
     Policy(PolicyCommand),
@@ -64,6 +68,12 @@ struct Serve {
     /// Who may reach whom, in HuJSON; SIGHUP reads it again (default: everyone, everyone).
     #[arg(long, value_name = "FILE")]
     policy: Option<PathBuf>,
+    /// Another name of the tailnet, NAME=ADDRESS; may be repeated.
+    #[arg(long = "record", value_name = "NAME=ADDRESS", value_parser = record)]
+    records: Vec<(String, IpAddr)>,
+    /// A DNS server for the names of a zone, ZONE=ADDRESS; may be repeated.
+    #[arg(long = "split-dns", value_name = "ZONE=ADDRESS", value_parser = record)]
+    split_dns: Vec<(String, IpAddr)>,
     /// Serve HTTPS with this certificate: PEM, the certificates that lead to its CA after it.
     #[arg(long, value_name = "FILE", requires = "tls_key")]
     tls_cert: Option<PathBuf>,
@@ -168,6 +178,25 @@ enum NodeCommand {
 }
 
 #[derive(Subcommand)]
+enum RouteCommand {
+    /// Let a node route what it offers; autoApprovers in the policy do so without being asked.
+    Approve(Routes),
+    /// Take an approval back.
+    Revoke(Routes),
+}
+
+#[derive(Args)]
+struct Routes {
+    /// The node's number.
+    node: i64,
+    /// Such as 10.0.0.0/24; 0.0.0.0/0 for an exit.
+    #[arg(required = true)]
+    routes: Vec<IpNet>,
+    #[command(flatten)]
+    state: StateDir,
+}
+
+#[derive(Subcommand)]
 enum PolicyCommand {
     /// Say what is wrong with a policy file, if anything is.
     Check {
@@ -181,6 +210,15 @@ enum PolicyCommand {
         #[command(flatten)]
         state: StateDir,
     },
+}
+
+/// A name and an address, parted by `=`.
+fn record(text: &str) -> Result<(String, IpAddr), String> {
+    let (name, address) = text.split_once('=').unwrap_or_default();
+    match address.parse() {
+        Ok(address) if !name.is_empty() => Ok((name.to_owned(), address)),
+        _ => Err("write a name and an address, such as wiki.example.org=192.0.2.7".to_owned()),
+    }
 }
 
 /// How long a key is good; `None`: for ever.
@@ -226,12 +264,20 @@ async fn main() -> ExitCode {
 
 async fn run(command: Command) -> anyhow::Result<()> {
     match command {
-        Command::Serve(args) => serve(args).await,
+        Command::Serve(args) => serve(*args).await,
         Command::Policy(PolicyCommand::Check { file }) => Ok(read_policy(&file).map(drop)?),
         Command::Policy(PolicyCommand::Set { file, state }) => {
             let text = std::fs::read_to_string(&file)
                 .map_err(|error| anyhow!("policy file {}: {error}", file.display()))?;
             ask(state, Request::SetPolicy { text }).await
+        }
+        Command::Route(RouteCommand::Approve(args)) => {
+            let (id, routes) = (args.node, args.routes);
+            ask(args.state, Request::ApproveRoutes { id, routes }).await
+        }
+        Command::Route(RouteCommand::Revoke(args)) => {
+            let (id, routes) = (args.node, args.routes);
+            ask(args.state, Request::RevokeRoutes { id, routes }).await
         }
         Command::Key(KeyCommand::Create(args)) => {
             let spec = KeySpec {
@@ -302,6 +348,15 @@ async fn ask(state: StateDir, request: Request) -> anyhow::Result<()> {
                 notes.extend(node.ephemeral.then(|| "ephemeral".to_owned()));
                 notes.extend(node.expired.then(|| "expired".to_owned()));
                 notes.extend(node.tags);
+                notes.extend(node.routes.iter().map(|route| {
+                    let net = route.route;
+                    let state = match (route.approved, route.primary) {
+                        (false, _) => " (not approved)",
+                        (true, false) if net.prefix_len() != 0 => " (stand-by)",
+                        _ => "",
+                    };
+                    format!("routes {net}{state}")
+                }));
                 let (id, name, user) = (node.id, node.name, node.user);
                 let (addresses, notes) = (addresses.join(","), notes.join(", "));
                 print(&format!("{id}\t{name}\t{addresses}\t{user}\t{notes}"))?;
@@ -327,6 +382,13 @@ async fn serve(args: Serve) -> anyhow::Result<()> {
 
     let mut hangup = signal(SignalKind::hangup())?;
     let mut terminate = signal(SignalKind::terminate())?;
+    let mut names = Names {
+        records: args.records,
+        ..Names::default()
+    };
+    for (zone, server) in args.split_dns {
+        names.split.entry(zone).or_default().push(server);
+    }
     let server = Server::start(Config {
         listen: args.listen,
         stun: Some(args.stun),
@@ -334,6 +396,7 @@ async fn serve(args: Serve) -> anyhow::Result<()> {
         state: args.state.dir,
         domain: args.domain,
         policy: args.policy,
+        names,
         tls: args
             .tls_cert
             .zip(args.tls_key)
@@ -364,6 +427,16 @@ mod tests {
     fn the_command_line_is_sound() {
         use clap::CommandFactory;
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn records_have_a_name_and_an_address() {
+        let wiki = ("wiki.example".to_owned(), IpAddr::from([192, 0, 2, 7]));
+        assert_eq!(record("wiki.example=192.0.2.7"), Ok(wiki));
+        assert!(record("wiki=fd00::1").is_ok_and(|(_, ip)| ip.is_ipv6()));
+        for bad in ["", "wiki", "=192.0.2.7", "wiki=web"] {
+            assert!(record(bad).is_err(), "{bad}");
+        }
     }
 
     #[test]

@@ -6,21 +6,22 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
     sync::Arc,
 };
 
 use chrono::{DateTime, Utc};
 use ipnet::IpNet;
 use tailnode_wire::tailcfg::{
-    Debug, DerpMap, DnsConfig, FilterRule, Hostinfo, MapResponse, Node, NodeId, PeerChange, UserId,
-    UserProfile,
+    Debug, DerpMap, DnsConfig, DnsRecord, FilterRule, Hostinfo, MapResponse, Node, NodeId,
+    PeerChange, Resolver, UserId, UserProfile,
 };
 
 use crate::{
     Error,
     policy::Subject,
     store::Member,
-    tailnet::{State, addresses, owner},
+    tailnet::{Site, State, addresses, owner},
 };
 
 /// The name of the only packet filter (tailcfg.MapResponse.PacketFilters).
@@ -100,7 +101,7 @@ impl View {
                 ..Node::clone(node)
             }),
             derp_map: state.site.derp_map.clone(),
-            dns: dns(&state.site.domain),
+            dns: dns(&state.site),
             domain: state.site.domain.clone(),
             ..Self::default()
         };
@@ -270,12 +271,14 @@ fn shown(
 }
 
 /// Who routes each subnet: of those that may, the first that is online, or else the first.
-fn primary_routes(
+pub(crate) fn primary_routes(
     state: &State,
     subjects: &BTreeMap<NodeId, Subject>,
 ) -> BTreeMap<NodeId, BTreeSet<IpNet>> {
     let mut routers: BTreeMap<IpNet, (bool, NodeId)> = BTreeMap::new();
-    for (&id, subject) in subjects {
+    // Nobody sees one whose key has expired.
+    let expired = |id| state.members.get(id).is_some_and(|m| m.expired.is_some());
+    for (&id, subject) in subjects.iter().filter(|(id, _)| !expired(id)) {
         for route in subject
             .routes
             .iter()
@@ -302,15 +305,30 @@ fn profile(id: UserId, login: String) -> UserProfile {
     }
 }
 
-/// MagicDNS for the tailnet's names and for the addresses of both families.
-fn dns(domain: &str) -> DnsConfig {
+/// MagicDNS for the tailnet's names and for the addresses of both families; and other names.
+fn dns(Site { domain, names, .. }: &Site) -> DnsConfig {
     let reverse = (64..128).map(|n| format!("{n}.100.in-addr.arpa."));
-    let names = reverse.chain([
+    let magic = reverse.chain([
         "0.e.1.a.c.5.1.1.a.7.d.f.ip6.arpa.".to_owned(),
         domain.to_owned(),
     ]);
+    let ours = magic.map(|name| (name, Some(Vec::new())));
+    let resolver = |ip: &IpAddr| Resolver {
+        addr: ip.to_string(),
+        ..Resolver::default()
+    };
+    let others = names.split.iter().map(|(zone, servers)| {
+        let servers = servers.iter().map(resolver).collect();
+        (zone.clone(), Some(servers))
+    });
+    let record = |(name, ip): &(String, IpAddr)| DnsRecord {
+        name: name.clone(),
+        value: ip.to_string(),
+        ..DnsRecord::default()
+    };
     DnsConfig {
-        routes: names.map(|name| (name, Some(Vec::new()))).collect(),
+        routes: ours.chain(others).collect(),
+        extra_records: names.records.iter().map(record).collect(),
         domains: vec![domain.to_owned()],
         proxied: true,
         ..DnsConfig::default()

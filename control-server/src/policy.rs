@@ -64,8 +64,7 @@ pub(crate) struct Subject {
 pub struct Policy {
     rules: Vec<Rule>,
     tag_owners: BTreeMap<String, Vec<Selector>>,
-    /// Absent: every route is approved.
-    approvers: Option<Approvers>,
+    approvers: Approvers,
 }
 
 #[derive(Clone, Debug, PartialEq)]
@@ -117,7 +116,7 @@ const INTERNET: [&str; 8] = [
 ];
 
 impl Default for Policy {
-    /// Everyone may reach everyone and route anything.
+    /// Everyone may reach everyone.
     fn default() -> Self {
         let anything = Rule {
             src: vec![Selector::Any],
@@ -127,7 +126,7 @@ impl Default for Policy {
         Self {
             rules: vec![anything],
             tag_owners: BTreeMap::new(),
-            approvers: None,
+            approvers: Approvers::default(),
         }
     }
 }
@@ -256,10 +255,10 @@ impl Sections {
         Ok(Policy {
             rules,
             tag_owners: tag_owners.collect::<Result<_, PolicyError>>()?,
-            approvers: Some(Approvers {
+            approvers: Approvers {
                 routes: routes.collect::<Result<_, PolicyError>>()?,
                 exit_node: self.sources("autoApprovers", &approvers.exit_node)?,
-            }),
+            },
         })
     }
 
@@ -549,11 +548,9 @@ impl Policy {
         owners.is_some_and(|owners| owners.iter().any(|selector| selector.matches(&owner)))
     }
 
-    /// Whether `node` may route `route`, which it offers.
+    /// Whether `node` may route `route`, which it offers, without an administrator's word.
     pub(crate) fn approves(&self, node: &Subject, route: &IpNet) -> bool {
-        let Some(approvers) = &self.approvers else {
-            return true;
-        };
+        let approvers = &self.approvers;
         let matches = |who: &[Selector]| who.iter().any(|selector| selector.matches(node));
         if route.prefix_len() == 0 {
             return matches(&approvers.exit_node);
@@ -729,7 +726,7 @@ mod tests {
     }
 
     #[test]
-    fn routes_need_an_approver_once_there_is_a_policy() {
+    fn routes_need_an_approver() {
         let policy: Policy = POLICY.parse().unwrap();
         let web = node("alice@example.com", &["tag:web"], "100.64.0.2");
         let alice = node("alice@example.com", &[], "100.64.0.1");
@@ -738,7 +735,7 @@ mod tests {
         assert!(!policy.approves(&web, &exit));
         assert!(policy.approves(&alice, &exit));
         assert!(!policy.approves(&alice, &inside));
-        assert!(Policy::default().approves(&alice, &inside));
+        assert!(!Policy::default().approves(&alice, &inside));
     }
 
     #[test]

@@ -10,6 +10,7 @@ use std::{
 };
 
 use chrono::{DateTime, Utc};
+use ipnet::IpNet;
 use rusqlite::{Connection, OptionalExtension, params};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use tailnode_wire::{
@@ -82,6 +83,9 @@ pub(crate) struct Member {
     pub hostinfo: Hostinfo,
     pub endpoints: Vec<SocketAddr>,
     pub home_derp: RegionId,
+    /// Routes that an administrator has approved; the policy may approve more.
+    #[serde(default)]
+    pub approved_routes: BTreeSet<IpNet>,
 }
 
 /// The secrets that the server is known by.

@@ -10,7 +10,7 @@ use std::{
 };
 
 use chrono::{DateTime, Utc};
-use ipnet::IpNet;
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use tailnode_wire::{
@@ -26,7 +26,7 @@ use url::Url;
 
 use crate::{
     Error,
-    netmap::Census,
+    netmap::{Census, primary_routes},
     policy::{Policy, Subject, is_tag},
     store::{AuthKey, Member, Store},
 };
@@ -85,6 +85,19 @@ pub struct NodeSummary {
     pub expired: bool,
     /// When it was connected or seen last.
     pub last_seen: DateTime<Utc>,
+    /// What it offers to route.
+    pub routes: Vec<RouteSummary>,
+}
+
+/// A route that a node offers, as an administrator sees it.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct RouteSummary {
+    /// The subnet; `0.0.0.0/0` and `::/0`: it is an exit.
+    pub route: IpNet,
+    /// By an administrator or by the policy.
+    pub approved: bool,
+    /// Of those that may route this subnet, it is the node that does. Every exit is one by itself.
+    pub primary: bool,
 }
 
 /// What does not change while the server runs.
@@ -95,6 +108,16 @@ pub(crate) struct Site {
     /// Suffix of all names, without dots around it.
     pub domain: String,
     pub derp_map: DerpMap,
+    pub names: Names,
+}
+
+/// What the tailnet's DNS knows beyond the names of its nodes.
+#[derive(Clone, Debug, Default)]
+pub struct Names {
+    /// Full names and their addresses.
+    pub records: Vec<(String, IpAddr)>,
+    /// The DNS servers to ask for a zone's names.
+    pub split: BTreeMap<String, Vec<IpAddr>>,
 }
 
 pub(crate) struct Tailnet {
@@ -330,6 +353,7 @@ impl State {
                 hostinfo: Hostinfo::default(),
                 endpoints: Vec::new(),
                 home_derp: 0,
+                approved_routes: BTreeSet::new(),
             },
         };
         self.rename(&mut member, &hostinfo.hostname);
@@ -740,8 +764,9 @@ impl State {
             addresses: addresses(member.ipv4).to_vec(),
             routes: Vec::new(),
         };
-        let offered = member.hostinfo.routable_ips.iter().map(IpNet::trunc);
-        let approved = offered.filter(|route| self.policy.approves(&subject, route));
+        let approved = offered(member).filter(|route| {
+            member.approved_routes.contains(route) || self.policy.approves(&subject, route)
+        });
         subject.routes = approved.collect();
         subject
     }
@@ -788,7 +813,40 @@ impl State {
         })
     }
 
+    /// Lets a node route what it offers.
+    pub fn approve_routes(&mut self, id: NodeId, routes: &[IpNet]) -> Result<(), Error> {
+        let mut member = self.members.get(&id).cloned().ok_or(Error::NoNode { id })?;
+        for route in with_both_exits(routes) {
+            if !offered(&member).any(|offer| offer == route) {
+                return Err(Error::RouteNotOffered {
+                    id,
+                    route,
+                    offered: offered(&member).collect(),
+                });
+            }
+            member.approved_routes.insert(route);
+        }
+        self.keep(member)
+    }
+
+    /// Takes that back. What the policy approves by itself stays approved.
+    pub fn revoke_routes(&mut self, id: NodeId, routes: &[IpNet]) -> Result<(), Error> {
+        let mut member = self.members.get(&id).cloned().ok_or(Error::NoNode { id })?;
+        for route in with_both_exits(routes) {
+            member.approved_routes.remove(&route);
+        }
+        self.keep(member)
+    }
+
     pub fn nodes(&self) -> Vec<NodeSummary> {
+        let subjects = self.members.values().map(|m| (m.id, self.subject(m)));
+        let subjects: BTreeMap<NodeId, Subject> = subjects.collect();
+        let primaries = primary_routes(self, &subjects);
+        let route = |id: NodeId, route: IpNet| RouteSummary {
+            route,
+            approved: subjects[&id].routes.contains(&route),
+            primary: primaries.get(&id).is_some_and(|all| all.contains(&route)),
+        };
         let summary = |member: &Member| NodeSummary {
             id: member.id,
             name: format!("{}.{}", member.name, self.site.domain),
@@ -799,6 +857,7 @@ impl State {
             ephemeral: member.ephemeral,
             expired: member.expired.is_some(),
             last_seen: member.last_seen,
+            routes: offered(member).map(|net| route(member.id, net)).collect(),
         };
         self.members.values().map(summary).collect()
     }
@@ -810,6 +869,19 @@ impl State {
         self.policy = policy;
         Ok(())
     }
+}
+
+/// What a node offers to route.
+fn offered(member: &Member) -> impl Iterator<Item = IpNet> {
+    member.hostinfo.routable_ips.iter().map(IpNet::trunc)
+}
+
+/// An exit is one for both families, or peers of Go's kind do not take it for one.
+fn with_both_exits(routes: &[IpNet]) -> BTreeSet<IpNet> {
+    let exits = [Ipv4Net::default().into(), Ipv6Net::default().into()];
+    let is_exit = routes.iter().any(|route| route.prefix_len() == 0);
+    let exits = exits.into_iter().filter(|_| is_exit);
+    routes.iter().copied().chain(exits).collect()
 }
 
 /// The login name under which a node is shown.
@@ -890,6 +962,7 @@ mod tests {
             url: "http://127.0.0.1:1".parse().unwrap(),
             domain: "tail.internal".to_owned(),
             derp_map: DerpMap::default(),
+            names: Names::default(),
         };
         let tailnet = Tailnet::open(Store::open(dir.path()).unwrap(), site, None).unwrap();
         (dir, tailnet)
@@ -980,6 +1053,63 @@ mod tests {
         assert_eq!(join(state, "db", &key), "");
         assert_eq!(state.nodes()[2].addresses[0].to_string(), "100.64.0.4");
         assert_eq!(state.nodes()[2].id, 4);
+    }
+
+    #[test]
+    fn a_route_is_its_routers_when_it_is_approved_and_he_is_there() {
+        let (_dir, tailnet) = tailnet();
+        let state = &mut *tailnet.state();
+        let key = reusable(state);
+        for name in ["first", "second"] {
+            let mut request = request(NodePublicKey::random(), name, &key);
+            request.hostinfo.as_mut().unwrap().routable_ips = nets(&ROUTES);
+            answer(state, &MachinePublicKey::random(), &request);
+        }
+        const ROUTES: [&str; 3] = ["10.1.0.0/24", "0.0.0.0/0", "::/0"];
+        fn nets(texts: &[&str]) -> Vec<IpNet> {
+            texts.iter().map(|text| text.parse().unwrap()).collect()
+        }
+        fn told(state: &State) -> [Vec<(bool, bool)>; 2] {
+            let nodes = state.nodes().into_iter();
+            let told = nodes.map(|node| {
+                node.routes
+                    .iter()
+                    .map(|r| (r.approved, r.primary))
+                    .collect()
+            });
+            told.collect::<Vec<_>>().try_into().unwrap()
+        }
+        let (no, exit, stands_by, routes) =
+            ((false, false), (true, false), (true, false), (true, true));
+        assert_eq!(told(state), [vec![no; 3], vec![no; 3]]);
+        let stranger = state
+            .approve_routes(1, &nets(&["10.2.0.0/24"]))
+            .unwrap_err();
+        assert!(
+            stranger.to_string().contains("it offers 10.1.0.0/24, "),
+            "{stranger}"
+        );
+        assert!(matches!(
+            state.approve_routes(9, &[]),
+            Err(Error::NoNode { id: 9 })
+        ));
+        // Half an exit is none.
+        state.approve_routes(1, &nets(&["0.0.0.0/0"])).unwrap();
+        state.approve_routes(2, &nets(&["10.1.0.0/24"])).unwrap();
+        assert_eq!(told(state), [vec![no, exit, exit], vec![routes, no, no]]);
+        state.approve_routes(1, &nets(&["10.1.0.0/24"])).unwrap();
+        assert_eq!(told(state)[1], [stands_by, no, no]);
+        // Who is there comes before who is not, and who is no longer a member never comes.
+        let stream = state.connect(2, at(1)).unwrap();
+        assert_eq!(told(state)[1], [routes, no, no]);
+        state.connect(1, at(2)).unwrap();
+        assert_eq!(told(state)[1], [stands_by, no, no]);
+        state.expire(1, at(3)).unwrap();
+        assert_eq!(told(state)[1], [routes, no, no]);
+        state.disconnect(2, stream, at(4)).unwrap();
+        assert_eq!(told(state)[1], [routes, no, no]);
+        state.revoke_routes(2, &nets(&["10.1.0.0/24"])).unwrap();
+        assert_eq!(told(state)[1], [no; 3]);
     }
 
     #[test]

@@ -24,7 +24,7 @@ use tailnode_plugin::{
     api::{self, Request, Response},
     options::Options,
 };
-use tailnode_tun::{Interface, Netns};
+use tailnode_tun::Netns;
 
 /// The container's devices are tailscale0, tailscale1 and so on, one a tailnet.
 const DEVICE_PREFIX: &str = "tailscale";
@@ -122,27 +122,22 @@ fn serve(
     };
     let response = call(&request, Some(tun), ATTACH_TIMEOUT)?;
     let Response::Attached {
-        addresses,
-        routes,
-        mtu,
+        interface,
         dns_servers,
         search_domains,
     } = response
     else {
         return Err(OTHER_VERSION.into());
     };
-    let interface = Interface {
-        addresses: addresses.clone(),
-        routes,
-        mtu,
-        index: number_of(device),
-        // Podman writes the servers to the container's resolv.conf.
-        trap_dns: false,
-    };
-    tailnode_tun::configure(netns, device, &interface).map_err(|error| error.to_string())?;
+    if let Err(error) = tailnode_tun::configure(netns, device, &interface) {
+        return match tailnode_tun::release(netns, device, interface.index) {
+            Ok(()) => Err(error.to_string()),
+            Err(also) => Err(format!("{error}; and cleaning up: {also}")),
+        };
+    }
     Ok(StatusBlock::new(
         device.to_owned(),
-        addresses,
+        interface.addresses,
         dns_servers,
         search_domains,
     ))
@@ -177,14 +172,6 @@ fn subject(attachment: &Attachment) -> String {
         name => name,
     };
     format!("container {name} on network {}", attachment.network.name)
-}
-
-/// 1 for tailscale1.
-fn number_of(device: &str) -> u32 {
-    device
-        .trim_start_matches(|c: char| !c.is_ascii_digit())
-        .parse()
-        .unwrap_or_default()
 }
 
 fn input<T: DeserializeOwned>() -> Result<T, String> {

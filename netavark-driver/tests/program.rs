@@ -64,21 +64,23 @@ fn a_network_is_created_without_the_daemon() {
 }
 
 #[test]
-fn a_network_with_an_option_that_does_not_exist_is_refused() {
-    let output = run(
-        &["create"],
-        r#"{"name":"tailnet","options":{"ephemerl":"true"}}"#,
-    );
-    assert!(!output.status.success());
-    let answer = answer(&output);
-    let message = answer["error"].as_str().unwrap();
-    for word in [
-        "tailscale: ",
-        "network tailnet",
-        "`ephemerl`",
-        "`ephemeral`",
+fn a_network_with_a_wrong_option_is_refused() {
+    for (option, value, words) in [
+        ("ephemerl", "true", ["`ephemerl`", "`ephemeral`"]),
+        (
+            "advertise-routes",
+            "10.0.0.1/24",
+            ["`advertise-routes`", "10.0.0.0/24?"],
+        ),
     ] {
-        assert!(message.contains(word), "{message}");
+        let network = json!({ "name": "tailnet", "options": { option: value } });
+        let output = run(&["create"], &network.to_string());
+        assert!(!output.status.success());
+        let answer = answer(&output);
+        let message = answer["error"].as_str().unwrap();
+        for word in ["tailscale: ", "network tailnet"].iter().chain(&words) {
+            assert!(message.contains(word), "{message}");
+        }
     }
 }
 

@@ -15,6 +15,7 @@ use http::{HeaderValue, Method, Request, Response, StatusCode, header};
 use http_body_util::{BodyExt, Empty, Full};
 use hyper::{body::Incoming, client::conn::http2};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use ipnet::IpNet;
 use serde::{Serialize, de::DeserializeOwned};
 use tailnode_wire::{
     CAPABILITY_VERSION, noise,
@@ -107,6 +108,8 @@ pub struct Config {
     pub hostname: String,
     /// Tags to ask for, `tag:` included.
     pub tags: Vec<String>,
+    /// Subnets to offer.
+    pub routes: Vec<IpNet>,
     /// Ask to be forgotten when gone.
     pub ephemeral: bool,
     /// It joined before, by all that is kept of it.
@@ -148,6 +151,7 @@ pub enum Event {
 #[derive(Debug)]
 pub struct Handle {
     advertised: watch::Sender<Advertised>,
+    moved: watch::Sender<()>,
     /// Carries who waits for the logout.
     logout: oneshot::Sender<oneshot::Sender<Result<(), String>>>,
     task: AbortOnDropHandle<()>,
@@ -164,6 +168,12 @@ impl Handle {
         });
     }
 
+    /// The host's way to the Internet changed: connects anew, since nothing would tell for a minute
+    /// that the connection leads nowhere.
+    pub fn moved(&self) {
+        self.moved.send_replace(());
+    }
+
     /// Ends the session and tells the control server to forget us.
     ///
     /// # Errors
@@ -171,6 +181,7 @@ impl Handle {
     pub async fn logout(self, within: Duration) -> Result<(), String> {
         let Self {
             advertised: _open,
+            moved: _,
             logout,
             task,
         } = self;
@@ -197,6 +208,7 @@ impl Handle {
 /// Starts a session. It ends with its handle, or when nobody takes its events.
 pub fn spawn(config: Config, keys: Keys, events: mpsc::Sender<Event>) -> Handle {
     let (advertised_tx, advertised) = watch::channel(Advertised::default());
+    let (moved_tx, moved) = watch::channel(());
     let (logout_tx, logout) = oneshot::channel::<oneshot::Sender<Result<(), String>>>();
     let hostinfo = hostinfo(&config);
     let span = tracing::info_span!("control", hostname = config.hostname);
@@ -212,6 +224,7 @@ pub fn spawn(config: Config, keys: Keys, events: mpsc::Sender<Event>) -> Handle 
         keys,
         events,
         advertised,
+        moved,
         connection: None,
         login: Login::Starting,
         mapped: Login::Running,
@@ -247,6 +260,7 @@ pub fn spawn(config: Config, keys: Keys, events: mpsc::Sender<Event>) -> Handle 
     );
     Handle {
         advertised: advertised_tx,
+        moved: moved_tx,
         logout: logout_tx,
         task: AbortOnDropHandle::new(task),
     }
@@ -306,6 +320,7 @@ struct Session {
     keys: Keys,
     events: mpsc::Sender<Event>,
     advertised: watch::Receiver<Advertised>,
+    moved: watch::Receiver<()>,
     connection: Option<Connection>,
     /// What was last reported.
     login: Login,
@@ -398,6 +413,7 @@ impl Session {
 
     /// Connects, joins and follows the map. `live` is set when the map stands.
     async fn attempt(&mut self, live: &mut Option<Instant>) -> Result<Infallible, Failure> {
+        self.moved.mark_unchanged();
         let connection = Connection::open(&self.config, &self.keys).await?;
         self.connection = Some(connection.clone());
         if !self.registered {
@@ -530,6 +546,7 @@ impl Session {
                     },
                 },
                 failure = &mut updates => return Err(failure),
+                Ok(()) = self.moved.changed() => return Err(retry("the host has moved")),
                 Some(ping) = pings.join_next() => if let Err(error) = ping {
                     debug!(%error, "answering a ping failed");
                 },
@@ -1074,6 +1091,7 @@ fn hostinfo(config: &Config) -> Hostinfo {
         .into(),
         app: "tailnode".into(),
         request_tags: config.tags.clone(),
+        routable_ips: config.routes.clone(),
         no_logs_no_support: true,
         ..Hostinfo::default()
     }
@@ -1123,6 +1141,7 @@ mod tests {
                 auth_key,
                 hostname: hostname.into(),
                 tags: Vec::new(),
+                routes: Vec::new(),
                 ephemeral: false,
                 known: false,
                 lock: Lock::Off,

@@ -553,11 +553,13 @@ impl Operator {
     /// Carries packets both ways until the line ends.
     async fn converse(&mut self, wire: &mut Wire, server: &DerpServerPublicKey) -> End {
         self.announced = false;
-        let mut heard = Instant::now();
+        let begun = Instant::now();
+        let mut heard = begun;
         let mut used = Instant::now();
         let incoming = self.shared.incoming.clone();
         loop {
             let home = *self.home.borrow_and_update() == self.id;
+            let welcome = self.standing.borrow().connected;
             if home != self.announced {
                 self.announced = home;
                 // Peers that knew it as home still send there for a while.
@@ -602,6 +604,7 @@ impl Operator {
                 }
                 Ok(()) = self.home.changed() => {}
                 () = sleep_until(heard + SILENCE), if self.pending.is_none() => return End::Silent,
+                () = sleep_until(begun + CONNECT), if !welcome => return End::Slow,
                 () = sleep_until(used + IDLE), if !home => return End::Idle,
             }
         }
@@ -846,6 +849,7 @@ mod tests {
             auth_key: Some(control::Secret::new(server.create_key(spec).unwrap())),
             hostname: "member".into(),
             tags: Vec::new(),
+            routes: Vec::new(),
             ephemeral: false,
             known: false,
             lock: crate::netmap::Lock::Off,

@@ -14,6 +14,7 @@ use http_body_util::{BodyExt, Empty, Limited};
 use hyper::{body::Incoming, client::conn::http1, upgrade::Upgraded};
 use hyper_util::rt::TokioIo;
 use rustls::{ClientConfig, RootCertStore, pki_types::ServerName};
+use socket2::{SockRef, TcpKeepalive};
 use tokio::{
     net::{TcpStream, lookup_host},
     task::JoinSet,
@@ -27,6 +28,12 @@ use tracing::warn;
 const CONNECT: Duration = Duration::from_secs(5);
 /// How long an address keeps its lead over the next (RFC 8305, section 5).
 const STAGGER: Duration = Duration::from_millis(250);
+/// An idle connection is asked after so long whether the other end is still there, by the kernel.
+const KEEP_ALIVE: Duration = Duration::from_secs(30);
+/// And again so often while it does not answer.
+const ASK_AGAIN: Duration = Duration::from_secs(10);
+/// The other end is gone when it has confirmed nothing for so long that was sent to it.
+const GONE: Duration = Duration::from_secs(20);
 /// Addresses tried of one host.
 const MAX_ADDRESSES: usize = 8;
 /// What is shown of an error page.
@@ -160,6 +167,12 @@ pub async fn race(addresses: Vec<SocketAddr>) -> io::Result<TcpStream> {
                 .await
                 .map_err(|_| io::Error::new(io::ErrorKind::TimedOut, "no answer"))??;
             stream.set_nodelay(true)?;
+            let socket = SockRef::from(&stream);
+            let keep_alive = TcpKeepalive::new()
+                .with_time(KEEP_ALIVE)
+                .with_interval(ASK_AGAIN);
+            socket.set_tcp_keepalive(&keep_alive)?;
+            socket.set_tcp_user_timeout(Some(GONE))?;
             Ok(stream)
         });
     }

@@ -27,6 +27,8 @@ const GENERATION: usize = 4096;
 /// After the first packet, how long TCP connections that the container already has are taken as
 /// begun by it. Connections outlive a restart of the daemon; its memory of them does not.
 const ADOPTION: Duration = Duration::from_secs(120);
+/// After so many changes of the rules in that time, no more connections are taken so.
+const FORMER: usize = 16;
 
 /// The judgement on a packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -63,8 +65,10 @@ pub enum Reason {
 /// The stateful packet filter of one node. The default lets nothing in, and out neither.
 #[derive(Debug)]
 pub struct Filter {
-    rules4: Vec<Rule<u32>>,
-    rules6: Vec<Rule<u128>>,
+    rules: Rules,
+    /// Rules that were in force before: what they let in, the container did not begin. Kept while
+    /// connections are adopted.
+    former: Vec<Rules>,
     local: Addresses,
     shields_up: bool,
     /// When the first packet came.
@@ -80,8 +84,8 @@ pub struct Filter {
 impl Default for Filter {
     fn default() -> Self {
         Self {
-            rules4: Vec::new(),
-            rules6: Vec::new(),
+            rules: Rules::default(),
+            former: Vec::new(),
             local: Addresses::default(),
             shields_up: false,
             since: None,
@@ -103,8 +107,7 @@ impl Filter {
         rules: impl IntoIterator<Item = &'a FilterRule>,
         with_capability: impl Fn(&str) -> Vec<IpAddr>,
     ) {
-        self.rules4.clear();
-        self.rules6.clear();
+        let mut new = Rules::default();
         for rule in rules {
             let protocols = Protocols::new(&rule.ip_proto);
             let mut sources = AddressesBuilder::default();
@@ -127,10 +130,16 @@ impl Filter {
                 destinations4.extend(addresses.v4.into_iter().map(|span| (span, ports)));
                 destinations6.extend(addresses.v6.into_iter().map(|span| (span, ports)));
             }
-            self.rules4
+            new.v4
                 .extend(Rule::new(protocols, sources.v4, destinations4));
-            self.rules6
+            new.v6
                 .extend(Rule::new(protocols, sources.v6, destinations6));
+        }
+        if new != self.rules {
+            let before = std::mem::replace(&mut self.rules, new);
+            if self.former.len() < FORMER {
+                self.former.push(before);
+            }
         }
     }
 
@@ -157,7 +166,7 @@ impl Filter {
     /// Judges a packet from a peer. Whether that peer may use its source address was checked when
     /// it was decrypted.
     pub fn inbound(&mut self, packet: &Packet<'_>, now: Instant) -> Verdict {
-        self.since.get_or_insert(now);
+        self.adopts(now);
         if !self.is_local(packet.dst()) {
             return Verdict::Drop(Reason::ForeignDestination);
         }
@@ -211,7 +220,7 @@ impl Filter {
 
     /// Judges a packet of the container and remembers what it begins.
     pub fn outbound(&mut self, packet: &Packet<'_>, now: Instant) -> Verdict {
-        let since = *self.since.get_or_insert(now);
+        let adopts = self.adopts(now);
         let to_all = match packet.dst() {
             IpAddr::V4(dst) => dst.is_multicast() || dst.is_broadcast(),
             IpAddr::V6(dst) => dst.is_multicast(),
@@ -230,9 +239,9 @@ impl Filter {
             }
             Transport::Tcp { flags, .. } => {
                 if !self.answers_connection(flow, flags, now)
-                    && now.saturating_duration_since(since) < ADOPTION
+                    && adopts
                     && flags & (tcp_flags::FIN | tcp_flags::RST) == 0
-                    && !self.allowed_back(packet)
+                    && !self.was_allowed_back(packet)
                 {
                     self.connections.insert(flow, (), now);
                 }
@@ -248,6 +257,16 @@ impl Filter {
             Transport::Icmp(_) | Transport::LaterFragment => {}
         }
         Verdict::Accept
+    }
+
+    /// Whether connections are taken as the container's that it has already.
+    fn adopts(&mut self, now: Instant) -> bool {
+        let since = *self.since.get_or_insert(now);
+        if now.saturating_duration_since(since) >= ADOPTION {
+            self.former.clear();
+            return false;
+        }
+        self.former.len() < FORMER
     }
 
     /// Whether a TCP packet other than the first belongs to a connection that the container
@@ -305,40 +324,21 @@ impl Filter {
             Transport::Icmp(_) => Target::Address,
             _ => Target::AllPorts,
         };
-        self.rules_allow(packet.src(), packet.dst(), packet.protocol(), port)
+        !self.shields_up
+            && self
+                .rules
+                .allow(packet.src(), packet.dst(), packet.protocol(), port)
     }
 
     /// Whether a rule lets in what the container's packet would answer.
     fn allowed_back(&self, packet: &Packet<'_>) -> bool {
-        let port = match packet.transport() {
-            Transport::Tcp { src, .. }
-            | Transport::Udp { src, .. }
-            | Transport::Sctp { src, .. } => Target::Port(src),
-            Transport::Icmp(_) => Target::Address,
-            _ => Target::AllPorts,
-        };
-        self.rules_allow(packet.dst(), packet.src(), packet.protocol(), port)
+        !self.shields_up && self.rules.allow_back(packet)
     }
 
-    fn rules_allow(&self, src: IpAddr, dst: IpAddr, protocol: u8, target: Target) -> bool {
-        if self.shields_up {
-            return false;
-        }
-        match (src, dst) {
-            (IpAddr::V4(src), IpAddr::V4(dst)) => {
-                let (src, dst) = (src.to_bits(), dst.to_bits());
-                self.rules4
-                    .iter()
-                    .any(|rule| rule.allows(src, dst, protocol, target))
-            }
-            (IpAddr::V6(src), IpAddr::V6(dst)) => {
-                let (src, dst) = (src.to_bits(), dst.to_bits());
-                self.rules6
-                    .iter()
-                    .any(|rule| rule.allows(src, dst, protocol, target))
-            }
-            _ => false,
-        }
+    /// The same of the rules now and before.
+    fn was_allowed_back(&self, packet: &Packet<'_>) -> bool {
+        let mut rules = std::iter::once(&self.rules).chain(&self.former);
+        rules.any(|rules| rules.allow_back(packet))
     }
 }
 
@@ -358,8 +358,47 @@ enum Target {
     AllPorts,
 }
 
+/// The rules of both address families.
+#[derive(Debug, Default, PartialEq)]
+struct Rules {
+    v4: Vec<Rule<u32>>,
+    v6: Vec<Rule<u128>>,
+}
+
+impl Rules {
+    fn allow(&self, src: IpAddr, dst: IpAddr, protocol: u8, target: Target) -> bool {
+        match (src, dst) {
+            (IpAddr::V4(src), IpAddr::V4(dst)) => {
+                let (src, dst) = (src.to_bits(), dst.to_bits());
+                self.v4
+                    .iter()
+                    .any(|rule| rule.allows(src, dst, protocol, target))
+            }
+            (IpAddr::V6(src), IpAddr::V6(dst)) => {
+                let (src, dst) = (src.to_bits(), dst.to_bits());
+                self.v6
+                    .iter()
+                    .any(|rule| rule.allows(src, dst, protocol, target))
+            }
+            _ => false,
+        }
+    }
+
+    /// Whether they let in what the container's packet would answer.
+    fn allow_back(&self, packet: &Packet<'_>) -> bool {
+        let port = match packet.transport() {
+            Transport::Tcp { src, .. }
+            | Transport::Udp { src, .. }
+            | Transport::Sctp { src, .. } => Target::Port(src),
+            Transport::Icmp(_) => Target::Address,
+            _ => Target::AllPorts,
+        };
+        self.allow(packet.dst(), packet.src(), packet.protocol(), port)
+    }
+}
+
 /// A rule for one address family.
-#[derive(Debug)]
+#[derive(Debug, PartialEq)]
 struct Rule<A> {
     protocols: Protocols,
     sources: Spans<A>,
@@ -397,7 +436,7 @@ impl<A: Ord + Copy> Rule<A> {
 }
 
 /// A set of IP protocol numbers.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
 struct Protocols([u64; 4]);
 
 impl Protocols {
@@ -430,7 +469,7 @@ impl Protocols {
 }
 
 /// Addresses as spans from first to last, sorted, that do not overlap.
-#[derive(Debug)]
+#[derive(Debug, PartialEq)]
 struct Spans<A>(Box<[(A, A)]>);
 
 impl<A> Default for Spans<A> {
@@ -826,6 +865,24 @@ mod tests {
         assert!(accepts_out(&mut served, &tcp(us, peer, ACK), now));
         served.set_rules([], |_| Vec::new());
         assert!(!accepts_in(&mut served, &tcp(peer, us, ACK), now));
+        // Nor when the container goes on with them after the rule is gone.
+        assert!(accepts_out(&mut served, &tcp(us, peer, ACK), now));
+        assert!(!accepts_in(&mut served, &tcp(peer, us, ACK), now));
+    }
+
+    #[test]
+    fn many_rules_in_little_time_take_no_memory_and_no_connections() {
+        let (us, peer) = (addr(US), addr(PEER));
+        let mut filter = filter(&[]);
+        for port in 0..1000 {
+            filter.set_rules([&rule(&["*"], "*", (port, port), &[])], |_| Vec::new());
+        }
+        assert_eq!(filter.former.len(), FORMER);
+        let now = Instant::now();
+        assert!(accepts_out(&mut filter, &tcp(us, peer, ACK), now));
+        assert!(!accepts_in(&mut filter, &tcp(peer, us, ACK), now));
+        accepts_out(&mut filter, &tcp(us, peer, ACK), now + ADOPTION);
+        assert!(filter.former.is_empty());
     }
 
     #[test]

@@ -3,6 +3,7 @@
 //! Give [`Node::start`] a TUN device and a place for its keys; it joins the tailnet, finds paths
 //! to its peers and moves packets until it is stopped or the device's network namespace dies.
 
+mod addresses;
 mod clock;
 mod control;
 mod derp;
@@ -18,6 +19,7 @@ mod offload;
 mod packet;
 mod path;
 mod router;
+mod routes;
 mod segment;
 mod state;
 mod status;
@@ -26,6 +28,7 @@ mod udp;
 pub use device::Offload;
 pub use dns::Zone;
 pub use neighbours::Neighbours;
-pub use node::{Config, Error, Identity, Node, Secret};
+pub use node::{Config, Error, Identity, Node, Reach, Secret};
+pub use routes::{ExitNode, Preferences as RoutePreferences, Status as RouteStatus};
 pub use segment::Segment;
 pub use status::{Login, PeerPath, PeerStatus, Status};

@@ -167,11 +167,15 @@ impl Netcheck {
             if !keep {
                 self.home = region;
             }
-        } else if (self.home == 0 || self.lost.contains(&self.home))
-            && self.fallback != 0
-            && !self.lost.contains(&self.fallback)
-        {
-            self.home = self.fallback;
+        } else if self.home == 0 || self.lost.contains(&self.home) {
+            let mut regions = self.targets.iter().map(|target| target.region);
+            let first = regions.find(&eligible);
+            // Where there is but one, nothing need be measured.
+            let only =
+                first.filter(|first| regions.all(|other| other == *first || !eligible(&other)));
+            let fallback =
+                Some(self.fallback).filter(|region| *region != 0 && !self.lost.contains(region));
+            self.home = only.or(fallback).unwrap_or(self.home);
         }
         report.home = self.home;
         report.by_stun = quickest.is_some();
@@ -252,6 +256,21 @@ mod tests {
     }
 
     #[test]
+    fn the_only_region_is_home_at_once() {
+        let mut check = Netcheck::default();
+        let avoided = Target {
+            eligible: false,
+            ..target(2)
+        };
+        check.set_targets(vec![avoided, target(1), target(1)]);
+        let now = Instant::now();
+        check.start(now);
+        assert_eq!(check.report(now).home, 1);
+        check.set_targets(vec![avoided]);
+        assert_eq!(check.report(now).home, 0);
+    }
+
+    #[test]
     fn a_region_whose_relay_is_lost_is_home_only_where_there_is_no_other() {
         let mut check = Netcheck::default();
         check.set_targets(vec![target(1), target(2)]);
@@ -271,7 +290,7 @@ mod tests {
     #[test]
     fn where_stun_knows_no_other_region_the_nearest_replaces_a_lost_one() {
         let mut check = Netcheck::default();
-        check.set_targets(vec![target(1), target(2)]);
+        check.set_targets(vec![target(1), target(2), target(3)]);
         let t0 = Instant::now();
         assert_eq!(round(&mut check, t0, &[(1, 10)]).home, 1);
         check.set_lost([1].into());
@@ -280,7 +299,7 @@ mod tests {
         check.set_fallback(2);
         assert_eq!(check.report(t0 + ROUND).home, 2);
         // A fallback that is lost as well is none.
-        check.set_lost([1, 2].into());
+        check.set_lost([1, 2, 3].into());
         assert_eq!(check.report(t0 + ROUND).home, 2);
         check.set_lost(BTreeSet::new());
         assert_eq!(check.report(t0 + ROUND).home, 1);

@@ -26,6 +26,7 @@ use url::Url;
 
 pub use crate::control::Secret;
 use crate::{
+    addresses::{Addresses, Watch},
     clock::{Clock, Latest},
     control, derp,
     device::{Closed, Device, Offload, PACKET_ROOM},
@@ -37,6 +38,7 @@ use crate::{
     offload::{Burst, Joiner},
     packet::Packet,
     router::{Out, Router, Taken, To},
+    routes::{self, Preferences},
     segment::{Membership, Segment},
     state::{self, Store},
     status::{Login, Status},
@@ -45,16 +47,21 @@ use crate::{
 
 /// Packets handled from one source before the others have their turn.
 const TURN: usize = 64;
-/// Batches of datagrams received before the others have their turn.
-const TURN_BATCHES: usize = 2;
-/// Bytes collected before they are sent, so that one turn's memory stays bounded.
-const FLUSH: usize = 512 * 1024;
+/// Bytes handled before the others have theirs: some 200 µs of encryption, which is what a packet of
+/// another flow may have to wait.
+const TURN_BYTES: usize = 256 * 1024;
+/// Bytes collected before they are sent: enough for trains and bursts, and still in the cache.
+const FLUSH: usize = 128 * 1024;
 /// How often endpoints are looked up while packets flow; NATs forget after 30 s (RFC 4787).
 const CHECK_BUSY: Duration = Duration::from_secs(25);
+/// How often at most when a path is lost: the NAT may have changed.
+const CHECK_LOST: Duration = Duration::from_secs(3);
 /// How often while they do not.
 const CHECK_IDLE: Duration = Duration::from_secs(120);
 /// How soon the answers of a round are looked at.
 const CHECK_POLL: Duration = Duration::from_millis(200);
+/// How soon after a change of the host's addresses they are looked at: changes come in a row.
+const SETTLE: Duration = Duration::from_millis(100);
 /// How soon after a packet the timers of a session that it may have begun are looked at.
 const FIRST_TICK: Duration = Duration::from_millis(50);
 /// How long a live map is waited for where a saved one would do.
@@ -80,6 +87,8 @@ pub struct Config {
     pub hostname: String,
     /// Tags to ask for, `tag:` included.
     pub tags: Vec<String>,
+    /// Which of the tailnet's routes to take and to offer.
+    pub routes: Preferences,
     /// Ask to be forgotten when gone.
     pub ephemeral: bool,
     /// Suffixes of names that another resolver of the container knows: not asked of the host's.
@@ -101,6 +110,18 @@ pub struct Identity {
     pub addresses: Vec<IpAddr>,
     /// Domains to complete short names with.
     pub search_domains: Vec<String>,
+}
+
+/// What of the tailnet shows in a node's network interface.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Reach {
+    /// The node's own addresses. They seldom change: a node that was forgotten and joined again may
+    /// get others.
+    pub addresses: Vec<IpAddr>,
+    /// The peers' own addresses.
+    pub peers: Vec<IpNet>,
+    /// Subnets behind them, those of an exit left out.
+    pub subnets: Vec<IpNet>,
 }
 
 /// Why a node cannot start or is not ready.
@@ -191,8 +212,7 @@ struct Shared {
     hostname: String,
     identity: watch::Receiver<Known>,
     login: watch::Receiver<Login>,
-    routes: watch::Receiver<Vec<IpNet>>,
-    addresses: watch::Receiver<Vec<IpAddr>>,
+    reach: watch::Receiver<Reach>,
     zone: Zone,
 }
 
@@ -267,6 +287,7 @@ impl Node {
             config.offload != Offload::None,
         )
         .map_err(kernel("open a UDP socket"))?;
+        let watch = Watch::open().map_err(kernel("watch the host's addresses"))?;
 
         let lock = saved
             .as_ref()
@@ -279,15 +300,15 @@ impl Node {
         let (commands, commands_rx) = mpsc::channel(16);
         let (identity_tx, identity) = watch::channel(Known::default());
         let (login_tx, login) = watch::channel(Login::Starting);
-        let (routes_tx, routes) = watch::channel(Vec::new());
-        let (addresses_tx, addresses) = watch::channel(Vec::new());
+        let (reach_tx, reach) = watch::channel(Reach::default());
         let known = saved
             .as_ref()
             .is_some_and(|map| !map.myself.addresses.is_empty());
 
         let plain_http = config.login_server.scheme() == "http";
         let relays = derp::Relays::new(keys.node.clone(), tls.clone(), plain_http, incoming_tx);
-        let router = Router::new(&keys);
+        let mut router = Router::new(&keys);
+        router.prefer(config.routes.clone());
         let own_key = router.key();
         let session = control::spawn(
             control::Config {
@@ -295,6 +316,7 @@ impl Node {
                 auth_key: config.auth_key,
                 hostname: config.hostname.clone(),
                 tags: config.tags,
+                routes: config.routes.offered(),
                 ephemeral: config.ephemeral,
                 known,
                 lock,
@@ -322,6 +344,7 @@ impl Node {
             neighbours: config.neighbours,
             door,
             udp,
+            watch,
             netcheck: Netcheck::default(),
             report: Report::default(),
             next_check: Instant::now(),
@@ -330,7 +353,7 @@ impl Node {
             targets_tx,
             nearest_tx,
             asked_nearest: false,
-            local: Vec::new(),
+            local: Addresses::default(),
             relays,
             session: Some(session),
             clock: Clock::of_host(),
@@ -345,8 +368,8 @@ impl Node {
             zone: zone.clone(),
             known: identity_tx,
             login: login_tx,
-            routes: routes_tx,
-            addresses: addresses_tx,
+            reach: reach_tx,
+            routes: config.routes,
             rx_bytes: 0,
             tx_bytes: 0,
             segment: None,
@@ -373,8 +396,7 @@ impl Node {
                 hostname: config.hostname,
                 identity,
                 login,
-                routes,
-                addresses,
+                reach,
                 zone,
             }),
         })
@@ -460,6 +482,7 @@ impl Node {
             login_server: self.shared.server.to_string(),
             home_relay: String::new(),
             health: Vec::new(),
+            routes: routes::Status::default(),
             peers: Vec::new(),
             rx_bytes: 0,
             tx_bytes: 0,
@@ -521,15 +544,9 @@ impl Node {
         let _ = self.commands.send(Command::Join(segment, address)).await;
     }
 
-    /// The addresses of the peers, as they change.
-    pub fn routes(&self) -> watch::Receiver<Vec<IpNet>> {
-        self.shared.routes.clone()
-    }
-
-    /// The node's own addresses. They seldom change: a node that was forgotten and joined again may
-    /// get others.
-    pub fn addresses(&self) -> watch::Receiver<Vec<IpAddr>> {
-        self.shared.addresses.clone()
+    /// Who the node is and what is reached through its peers, as it changes.
+    pub fn reach(&self) -> watch::Receiver<Reach> {
+        self.shared.reach.clone()
     }
 }
 
@@ -541,6 +558,7 @@ struct Task {
     /// By which neighbours find the door; another one with each key.
     presence: Presence,
     udp: Udp,
+    watch: Watch,
     netcheck: Netcheck,
     report: Report,
     next_check: Instant,
@@ -551,7 +569,7 @@ struct Task {
     nearest_tx: mpsc::Sender<RegionId>,
     asked_nearest: bool,
     /// The host's addresses when they were last looked at.
-    local: Vec<IpAddr>,
+    local: Addresses,
     relays: derp::Relays,
     /// `None`: logged out.
     session: Option<control::Handle>,
@@ -570,8 +588,8 @@ struct Task {
     zone: Zone,
     known: watch::Sender<Known>,
     login: watch::Sender<Login>,
-    routes: watch::Sender<Vec<IpNet>>,
-    addresses: watch::Sender<Vec<IpAddr>>,
+    reach: watch::Sender<Reach>,
+    routes: Preferences,
     rx_bytes: u64,
     tx_bytes: u64,
     segment: Option<Membership>,
@@ -601,6 +619,10 @@ impl Task {
                     Ok(()) => self.serve_udp(),
                     Err(error) => Err(Closed::Failed(error)),
                 },
+                changed = self.watch.changed() => {
+                    self.next_check = self.next_check.min(Instant::now() + SETTLE);
+                    changed.map_err(Closed::Failed)
+                }
                 Some(first) = inputs.incoming.recv() => self.serve_relays(first, &mut inputs.incoming),
                 Some(packet) = inputs.replies.recv() => self.door.device.send(&packet),
                 Some(question) = inputs.questions.recv() => self.serve_resolver(&question),
@@ -616,10 +638,7 @@ impl Task {
                     Ok(())
                 }
                 () = self.relays.changed() => {
-                    if self.netcheck.set_lost(self.relays.lost()) {
-                        self.asked_nearest = false;
-                        self.next_check = Instant::now();
-                    }
+                    self.relays_changed();
                     Ok(())
                 }
                 Some(region) = inputs.nearest.recv() => {
@@ -705,10 +724,12 @@ impl Task {
                 joiner,
                 ..
             } = scratch;
+            let mut bytes = 0;
             for _ in 0..TURN {
                 let Some((header, packet)) = self.door.device.receive(packet)? else {
                     break;
                 };
+                bytes += packet.len();
                 let burst = match Burst::new(header, packet) {
                     Ok(burst) => burst,
                     Err(misfit) => {
@@ -716,9 +737,12 @@ impl Task {
                         continue;
                     }
                 };
-                self.serve_burst(&burst, cut, out, now);
+                self.serve_burst(Router::outbound, &burst, cut, out, now);
                 if out.len() > FLUSH {
                     self.flush(out, joiner)?;
+                }
+                if bytes > TURN_BYTES {
+                    break;
                 }
             }
             self.flush(out, joiner)
@@ -731,7 +755,8 @@ impl Task {
             let Scratch {
                 batch, out, joiner, ..
             } = scratch;
-            for _ in 0..TURN_BATCHES {
+            let mut bytes = 0;
+            for _ in 0..TURN {
                 match self.udp.receive(batch) {
                     Ok(()) => {}
                     Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
@@ -742,6 +767,7 @@ impl Task {
                     }
                 }
                 for (from, train, size) in batch.trains() {
+                    bytes += train.len();
                     let mut router = self.door.router();
                     for datagram in train.chunks(size) {
                         if stun::is_stun(datagram) {
@@ -757,6 +783,9 @@ impl Task {
                     if out.len() > FLUSH {
                         self.flush(out, joiner)?;
                     }
+                }
+                if bytes > TURN_BYTES {
+                    break;
                 }
             }
             self.flush(out, joiner)
@@ -792,7 +821,15 @@ impl Task {
         })
     }
 
-    fn serve_burst(&mut self, burst: &Burst<'_>, cut: &mut Vec<u8>, out: &mut Out, now: Instant) {
+    /// Sends a burst to where `judge` says.
+    fn serve_burst(
+        &mut self,
+        judge: fn(&mut Router, &Packet<'_>, Instant) -> Taken,
+        burst: &Burst<'_>,
+        cut: &mut Vec<u8>,
+        out: &mut Out,
+        now: Instant,
+    ) {
         let Ok(packet) = Packet::parse(burst.bytes()) else {
             return;
         };
@@ -811,7 +848,7 @@ impl Task {
             }
             return;
         }
-        match router.outbound(&packet, now) {
+        match judge(&mut router, &packet, now) {
             Taken::Dropped => {}
             Taken::ForResolver => burst.packets(cut, |packet| self.resolver.handle(packet)),
             Taken::ForPeer(slot) => {
@@ -834,7 +871,13 @@ impl Task {
         self.stir(now);
         SCRATCH.with_borrow_mut(|Scratch { out, joiner, .. }| {
             let mut cut = Vec::new();
-            self.serve_burst(&Burst::whole(question), &mut cut, out, now);
+            self.serve_burst(
+                Router::question,
+                &Burst::whole(question),
+                &mut cut,
+                out,
+                now,
+            );
             self.flush(out, joiner)
         })
     }
@@ -915,7 +958,11 @@ impl Task {
                 self.flush(out, joiner)
             })?;
             // Peers are about to look for a path: stale endpoints would not open our NAT.
-            if self.next_tick.is_some() && self.checked_at.is_none_or(|at| now >= at + CHECK_BUSY) {
+            let stale = |age| self.checked_at.is_none_or(|at| now >= at + age);
+            if self.door.router().has_lost_a_path() && stale(CHECK_LOST) {
+                self.checked_at = None;
+                self.next_check = now;
+            } else if self.next_tick.is_some() && stale(CHECK_BUSY) {
                 self.next_check = now;
             }
         }
@@ -939,17 +986,21 @@ impl Task {
             let live = self.known.borrow().live;
             self.take_changes(&changes, live);
         }
-        let local = local_addresses();
+        let local = Addresses::look();
         if self.local != local {
-            if !self.local.is_empty() {
+            if !self.local.all.is_empty() {
                 info!("the host's addresses changed");
             }
-            // With more addresses, such as a bridge for containers, all paths are as good as before.
-            if self.local.iter().any(|ip| !local.contains(ip)) {
+            if local.is_a_move_from(&self.local) {
                 self.netcheck.reset();
                 self.door.router().reset_paths();
-                self.relays.set_addresses(&local);
+                self.relays.set_addresses(&local.all);
                 self.asked_nearest = false;
+            }
+            if local.goes_another_way_than(&self.local)
+                && let Some(session) = &self.session
+            {
+                session.moved();
             }
             self.checked_at = None;
             self.local = local;
@@ -1003,7 +1054,7 @@ impl Task {
             .iter()
             .map(|address| (*address, EndpointType::Stun))
             .collect();
-        for ip in &self.local {
+        for ip in &self.local.all {
             let endpoint = SocketAddr::new(*ip, port);
             if endpoints.iter().all(|(known, _)| *known != endpoint) {
                 endpoints.push((endpoint, EndpointType::Local));
@@ -1099,6 +1150,7 @@ impl Task {
         self.next_tick = Some(now);
         if changes.derp {
             self.relays.set_map(self.netmap.derp_map.clone());
+            self.relays_changed();
             tokio::spawn(stun_targets(
                 self.netmap.derp_map.clone(),
                 self.targets_tx.clone(),
@@ -1115,29 +1167,14 @@ impl Task {
                 self.zone.update(*id, self.netmap.peers.get(id));
             }
         }
-        if changes.all_peers || !changes.peers.is_empty() {
-            let routes = self
-                .netmap
-                .peers
-                .values()
-                .flat_map(|peer| peer.addresses.clone())
-                .collect();
-            self.routes.send_if_modified(|known| {
-                let changed = *known != routes;
-                *known = routes;
-                changed
-            });
-        }
         let identity = self.identity();
         if identity.addresses.is_empty() {
             return;
         }
-        let moved = self.addresses.send_if_modified(|known| {
-            let changed = *known != identity.addresses;
-            known.clone_from(&identity.addresses);
-            changed
-        });
-        if moved
+        if changes.myself || changes.all_peers || !changes.peers.is_empty() {
+            self.publish_reach(&identity);
+        }
+        if changes.myself
             && let Some(tailnet) = self.ipv4()
             && let Some(membership) = &mut self.segment
         {
@@ -1151,6 +1188,49 @@ impl Task {
             };
             changed
         });
+    }
+
+    /// Tells what is ours and what leads to peers: their addresses, and the subnets that are taken
+    /// from them.
+    fn publish_reach(&self, identity: &Identity) {
+        let mut exits = false;
+        let mut reach = Reach {
+            addresses: identity.addresses.clone(),
+            ..Reach::default()
+        };
+        for peer in self.netmap.peers.values().filter(|peer| !peer.expired) {
+            let taken = self.routes.taken(peer, &self.netmap.myself);
+            exits |= taken.iter().any(|net| net.prefix_len() == 0);
+            let is_subnet = |net: &IpNet| net.prefix_len() > 0 && !peer.addresses.contains(net);
+            reach.subnets.extend(taken.into_iter().filter(is_subnet));
+            reach.peers.extend(&peer.addresses);
+        }
+        let mut routed = reach.subnets.clone();
+        if exits {
+            routed.extend(routes::beyond_exits());
+        }
+        self.zone.set_routed(&routed);
+        // The peers are in no order.
+        reach.peers.sort_unstable();
+        reach.subnets.sort_unstable();
+        reach.subnets.dedup();
+        self.reach.send_if_modified(|known| {
+            let changed = *known != reach;
+            *known = reach;
+            changed
+        });
+    }
+
+    /// Takes account of which relays there are and which of them are out of reach.
+    fn relays_changed(&mut self) {
+        let lost = self.relays.lost();
+        let regions = self.netmap.derp_map.regions.keys();
+        let regions = regions.filter(|id| !lost.contains(id)).copied().collect();
+        self.door.router().set_relays(regions);
+        if self.netcheck.set_lost(lost) {
+            self.asked_nearest = false;
+            self.next_check = Instant::now();
+        }
     }
 
     /// Writes to disk what is newer here, off this thread: the disk may take its time.
@@ -1202,6 +1282,10 @@ impl Task {
         let Identity {
             name, addresses, ..
         } = self.identity();
+        let (myself, peers) = (&self.netmap.myself, self.netmap.peers.values());
+        let (routes, trouble) = self.routes.status(myself, peers);
+        let mut health = [self.netmap.health_lines(), self.relays.troubles()].concat();
+        health.extend(trouble);
         Status {
             hostname: self.hostname.clone(),
             name,
@@ -1213,7 +1297,8 @@ impl Task {
             } else {
                 region(self.report.home)
             },
-            health: [self.netmap.health_lines(), self.relays.troubles()].concat(),
+            health,
+            routes,
             peers: self
                 .door
                 .router()
@@ -1276,43 +1361,6 @@ async fn stun_targets(map: DerpMap, to: mpsc::Sender<Vec<Target>>) {
     let _ = to.send(targets).await;
 }
 
-/// The host's addresses that peers may reach; loopback only where there is nothing else.
-fn local_addresses() -> Vec<IpAddr> {
-    let interfaces = match nix::ifaddrs::getifaddrs() {
-        Ok(interfaces) => interfaces,
-        Err(error) => {
-            warn!(%error, "cannot list the host's addresses");
-            return Vec::new();
-        }
-    };
-    let all: Vec<IpAddr> = interfaces
-        .filter_map(|interface| {
-            let address = interface.address?;
-            match (address.as_sockaddr_in(), address.as_sockaddr_in6()) {
-                (Some(v4), _) => Some(IpAddr::V4(v4.ip())),
-                (_, Some(v6)) => Some(IpAddr::V6(v6.ip())),
-                _ => None,
-            }
-        })
-        .filter(|ip| match ip {
-            IpAddr::V4(v4) => !v4.is_link_local() && !v4.is_unspecified(),
-            IpAddr::V6(v6) => !v6.is_unicast_link_local() && !v6.is_unspecified(),
-        })
-        // An address of another node on this host is a way through a tailnet, not to this node.
-        .filter(|ip| !is_tailnet(*ip))
-        .collect();
-    let (loopback, others): (Vec<_>, Vec<_>) = all.into_iter().partition(IpAddr::is_loopback);
-    if others.is_empty() { loopback } else { others }
-}
-
-/// Whether the address is from the ranges of tailnets (net/tsaddr/tsaddr.go).
-fn is_tailnet(ip: IpAddr) -> bool {
-    match ip {
-        IpAddr::V4(v4) => v4.octets()[0] == 100 && v4.octets()[1] & 0xc0 == 64,
-        IpAddr::V6(v6) => v6.segments()[..3] == [0xfd7a, 0x115c, 0xa1e0],
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use std::net::{TcpListener, UdpSocket};
@@ -1348,6 +1396,7 @@ mod tests {
             auth_key: None,
             hostname: "a".into(),
             tags: Vec::new(),
+            routes: Preferences::default(),
             ephemeral: true,
             names_elsewhere: Vec::new(),
             tun,

@@ -19,6 +19,8 @@ const HEARTBEAT: Duration = Duration::from_secs(3);
 /// For how long a pong vouches for its path. magicsock trusts for 6.5 s; a heartbeat and a half is
 /// enough, because a lost pong only sends a copy by the relay, and a lost path is left sooner.
 const TRUST: Duration = Duration::from_millis(4500);
+/// How long the address in use has to answer once the peer shows up at a new one.
+const PROOF: Duration = Duration::from_secs(1);
 /// How often a better path is looked for while one works.
 const UPGRADE: Duration = Duration::from_secs(60);
 /// A path this quick is not worth improving.
@@ -57,6 +59,8 @@ pub enum Action {
     },
     /// A call-me-maybe with our own endpoints, by the relay.
     CallMeMaybe,
+    /// Nothing: the address in use has just stopped answering, and our own may have changed.
+    LookAround,
 }
 
 /// What is known of the ways to one peer.
@@ -153,10 +157,17 @@ impl Path {
 
     /// The peer pinged us from `from`: it may be reachable there.
     pub fn pinged(&mut self, from: SocketAddr, now: Instant, actions: &mut Vec<Action>) {
-        let new = self.learn(from, now);
+        if !self.learn(from, now) || !self.active(now) {
+            return;
+        }
         // Its NAT is open towards us at this moment, and ours now towards it: try at once.
-        if new && self.active(now) && self.direct(now).is_none() {
-            self.ping(from, now, actions);
+        self.ping(from, now, actions);
+        // It may be there because it has left the place that we know.
+        if let Some(best) = &mut self.best {
+            best.trusted_until = best.trusted_until.min(now + PROOF);
+            let address = best.address;
+            self.last_discovery = None;
+            self.ping(address, now, actions);
         }
     }
 
@@ -186,6 +197,11 @@ impl Path {
         if let Some(best) = &mut self.best {
             best.trusted_until = best.trusted_until.min(now);
         }
+    }
+
+    /// Our own endpoints changed: a peer that cannot be reached may be reachable now.
+    pub fn moved(&mut self) {
+        self.last_discovery = None;
     }
 
     /// Forgets what was measured, because our own network changed.
@@ -232,6 +248,11 @@ impl Path {
         self.forget(now);
         if call {
             self.last_discovery = Some(now);
+            if self.best.is_some_and(|best| {
+                best.trusted_until <= now && now < best.trusted_until + DISCOVERY
+            }) {
+                actions.push(Action::LookAround);
+            }
             actions.push(Action::CallMeMaybe);
         }
         let addresses: Vec<_> = self.candidates.keys().copied().collect();
@@ -297,7 +318,7 @@ mod tests {
             .iter()
             .filter_map(|action| match action {
                 Action::Ping { to, tx_id } => Some((*to, *tx_id)),
-                Action::CallMeMaybe => None,
+                Action::CallMeMaybe | Action::LookAround => None,
             })
             .collect()
     }
@@ -349,6 +370,54 @@ mod tests {
         let mut actions = Vec::new();
         path.tick(t0 + SESSION_ACTIVE, &mut actions);
         assert!(actions.is_empty());
+    }
+
+    #[test]
+    fn a_peer_that_moves_is_followed_unless_it_answers_where_it_was() {
+        for stays in [false, true] {
+            let t0 = Instant::now();
+            let (mut path, sent) = begun(t0);
+            path.pong(sent[0].1, t0);
+            let other = at("192.0.2.2:41641");
+            let mut now = t0;
+            for wait in [Duration::ZERO, PROOF] {
+                now += wait;
+                let mut actions = Vec::new();
+                path.pinged(other, now, &mut actions);
+                path.tick(now, &mut actions);
+                for (to, tx_id) in pings(&actions) {
+                    if stays || to == other {
+                        path.pong(tx_id, now);
+                    }
+                }
+            }
+            let found = if stays { at(A) } else { other };
+            let route = path.route(now, &mut Vec::new());
+            assert_eq!(route, Route::Direct(found), "{stays}");
+        }
+    }
+
+    #[test]
+    fn a_lost_address_makes_us_look_around_once() {
+        let t0 = Instant::now();
+        let (mut path, sent) = begun(t0);
+        path.pong(sent[0].1, t0);
+        let mut looks = Vec::new();
+        for seconds in 0..40 {
+            let mut actions = Vec::new();
+            let now = t0 + TRUST + Duration::from_secs(seconds);
+            path.route(now, &mut actions);
+            looks.extend(actions.contains(&Action::LookAround).then_some(seconds));
+        }
+        assert_eq!(looks.len(), 1);
+        assert!(looks[0] <= DISCOVERY.as_secs());
+        // Told of what was found, the peer is called at once.
+        let (now, mut actions) = (t0 + TRUST + Duration::from_secs(40), Vec::new());
+        path.route(now, &mut actions);
+        path.moved();
+        actions.clear();
+        path.route(now, &mut actions);
+        assert!(actions.contains(&Action::CallMeMaybe));
     }
 
     #[test]

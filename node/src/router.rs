@@ -5,7 +5,7 @@
 //! channel and no allocation stand between a packet and its datagram.
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeSet, HashMap},
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     ops::Range,
     sync::Arc,
@@ -35,6 +35,7 @@ use crate::{
     offload::Burst,
     packet::{self, Packet, Transport, protocol},
     path::{Action, Path, Route},
+    routes::Preferences,
     state::Keys,
     status::{PeerPath, PeerStatus},
 };
@@ -234,8 +235,12 @@ pub struct Router {
     by_key: HashMap<NodePublicKey, usize>,
     by_disco: HashMap<DiscoPublicKey, usize>,
     routes: ts_bart::Table<usize>,
+    preferences: Preferences,
     filter: Filter,
     endpoints: Vec<SocketAddr>,
+    /// Regions of the map whose relays are not known to be out of reach.
+    relays: BTreeSet<RegionId>,
+    lost_a_path: bool,
     // Memory that is kept from packet to packet.
     actions: Vec<Action>,
     sealed: Vec<Range<usize>>,
@@ -268,13 +273,20 @@ struct Peer {
 }
 
 impl Peer {
-    fn relay(&self) -> Option<To> {
-        let region = if self.home != 0 {
+    /// By which of the `relays` that we can use it is reached: its home, or else where it came from.
+    fn relay(&self, relays: &BTreeSet<RegionId>) -> Option<To> {
+        let region = if relays.contains(&self.home) || self.seen_at == 0 {
             self.home
         } else {
             self.seen_at
         };
         (region != 0).then_some(To::Relay(region, self.key))
+    }
+
+    /// What is taken from it besides its own addresses.
+    fn subnets(&self) -> impl Iterator<Item = IpNet> {
+        let is_subnet = |net: &&IpNet| !self.addresses.contains(&net.addr());
+        self.routes.iter().filter(is_subnet).copied()
     }
 
     fn is_in_session(&self) -> bool {
@@ -300,12 +312,20 @@ impl Router {
             by_key: HashMap::new(),
             by_disco: HashMap::new(),
             routes: ts_bart::Table::default(),
+            preferences: Preferences::default(),
             filter: Filter::default(),
             endpoints: Vec::new(),
+            relays: BTreeSet::new(),
+            lost_a_path: false,
             actions: Vec::new(),
             sealed: Vec::new(),
             scratch: Vec::new(),
         }
+    }
+
+    /// Says which routes to take and to offer; to be called before the first map.
+    pub fn prefer(&mut self, preferences: Preferences) {
+        self.preferences = preferences;
     }
 
     /// Takes over what `changes` names from the map.
@@ -321,18 +341,19 @@ impl Router {
                 self.remove(id);
             }
             for node in netmap.peers.values() {
-                self.upsert(node, now);
+                self.upsert(node, &netmap.myself, now);
             }
         } else {
             for id in &changes.peers {
                 match netmap.peers.get(id) {
-                    Some(node) => self.upsert(node, now),
+                    Some(node) => self.upsert(node, &netmap.myself, now),
                     None => self.remove(*id),
                 }
             }
         }
         if changes.myself {
-            self.filter.set_local(netmap.myself.allowed_ips());
+            let local = self.preferences.local(&netmap.myself);
+            self.filter.set_local(&local);
         }
         // Rules may name peers by capability; those change with the peers.
         let by_capability = || {
@@ -353,6 +374,11 @@ impl Router {
         }
     }
 
+    /// Takes the regions whose relays can be used.
+    pub fn set_relays(&mut self, regions: BTreeSet<RegionId>) {
+        self.relays = regions;
+    }
+
     /// Takes a new node key; every session begins anew.
     pub fn set_keys(&mut self, keys: &Keys) {
         self.private = x25519::StaticSecret::from(*keys.node.private.export().as_bytes());
@@ -367,7 +393,18 @@ impl Router {
 
     /// Our own addresses, as peers are told when they are called.
     pub fn set_endpoints(&mut self, endpoints: Vec<SocketAddr>) {
+        if self.endpoints == endpoints {
+            return;
+        }
         self.endpoints = endpoints;
+        for (_, peer) in &mut self.peers {
+            peer.path.moved();
+        }
+    }
+
+    /// Whether an address in use has stopped answering since this was asked last.
+    pub fn has_lost_a_path(&mut self) -> bool {
+        std::mem::take(&mut self.lost_a_path)
     }
 
     /// Our own network changed: what was measured is void.
@@ -380,26 +417,47 @@ impl Router {
     /// Judges what the container sends: once for a burst, all of which is of one flow.
     pub fn outbound(&mut self, packet: &Packet<'_>, now: Instant) -> Taken {
         let slot = self.routes.lookup(packet.dst()).copied();
-        // Port 53 of a server that is no peer is a query that the engine's own resolver sent on.
+        // Port 53 of a server that is no peer's is a query that the engine's own resolver sent on.
         if packet.dst() == SERVICE_V4
             || packet.dst() == SERVICE_V6
-            || (slot.is_none() && is_query(packet))
+            || is_query(packet) && slot.is_none_or(|slot| self.leads_out(slot, packet.dst()))
         {
             return Taken::ForResolver;
         }
-        let Some(slot) = slot else {
-            return Taken::Dropped;
-        };
-        // Nodes talk among themselves by it, and peers believe it.
-        if packet.protocol() == protocol::TSMP || !self.may_leave(packet, now) {
+        match slot {
+            Some(slot) => self.leave(slot, packet, now),
+            None => Taken::Dropped,
+        }
+    }
+
+    /// The same for a question of the node's own resolver.
+    pub fn question(&mut self, packet: &Packet<'_>, now: Instant) -> Taken {
+        match self.routes.lookup(packet.dst()) {
+            Some(&slot) => self.leave(slot, packet, now),
+            None => Taken::Dropped,
+        }
+    }
+
+    /// Whether an address is reached through the peer only because that is the exit.
+    fn leads_out(&self, slot: usize, address: IpAddr) -> bool {
+        let mut routes = self.peers[slot].routes.iter();
+        !routes.any(|net| net.prefix_len() > 0 && net.contains(&address))
+    }
+
+    fn leave(&mut self, slot: usize, packet: &Packet<'_>, now: Instant) -> Taken {
+        if !self.may_leave(packet, now) {
             return Taken::Dropped;
         }
         self.peers[slot].tx_bytes += packet.bytes().len() as u64;
         Taken::ForPeer(slot)
     }
 
-    /// Whether policy lets the container send a packet that takes another way than the tunnel.
+    /// Whether the container may send a packet, also by another way than the tunnel.
     pub fn may_leave(&mut self, packet: &Packet<'_>, now: Instant) -> bool {
+        // Nodes talk among themselves by it, and peers believe it.
+        if packet.protocol() == protocol::TSMP {
+            return false;
+        }
         let verdict = self.filter.outbound(packet, now);
         if let Verdict::Drop(reason) = verdict {
             trace!(?reason, dst = %packet.dst(), "dropped an outgoing packet");
@@ -535,10 +593,11 @@ impl Router {
                 name: peer.name.clone(),
                 addresses: peer.addresses.clone(),
                 online: peer.online,
+                routes: peer.subnets().collect(),
                 path: match peer.path.direct(now) {
                     _ if is_near(&peer.key) => PeerPath::Local,
                     Some(address) => PeerPath::Direct { address },
-                    None => match peer.relay() {
+                    None => match peer.relay(&self.relays) {
                         Some(To::Relay(id, _)) if peer.path.active(now) => {
                             PeerPath::Relay { region: region(id) }
                         }
@@ -553,7 +612,7 @@ impl Router {
         peers
     }
 
-    fn upsert(&mut self, node: &tailcfg::Node, now: Instant) {
+    fn upsert(&mut self, node: &tailcfg::Node, myself: &tailcfg::Node, now: Instant) {
         // A peer with a new key is another WireGuard peer: begin anew.
         if let Some(&slot) = self.by_id.get(&node.id)
             && self.peers[slot].key != node.key
@@ -618,23 +677,31 @@ impl Router {
                 self.by_disco.insert(new, slot);
             }
         }
-        // Subnets behind a peer are not taken: a node accepts routes only where it is told to.
-        let routes: Vec<IpNet> = node
-            .allowed_ips()
-            .iter()
-            .filter(|net| net.prefix_len() == net.max_prefix_len() && node.addresses.contains(net))
-            .copied()
-            .collect();
+        let routes = self.preferences.taken(node, myself);
         if peer.routes != routes {
             for net in std::mem::replace(&mut peer.routes, routes.clone()) {
-                if self.routes.lookup(net.addr()) == Some(&slot) {
-                    self.routes.remove(net);
-                }
+                self.take_route(net, slot);
             }
             for net in routes {
                 self.routes.insert(net, slot);
             }
         }
+    }
+
+    /// Takes a route from a peer that has it. Of several who may have a subnet, another gets it.
+    fn take_route(&mut self, net: IpNet, from: usize) {
+        if self.routes.lookup_prefix_exact(net) != Some(&from) {
+            return;
+        }
+        let mut others = self.peers.iter().filter(|(slot, _)| *slot != from);
+        let heir = match net.prefix_len() == net.max_prefix_len() {
+            true => None,
+            false => others.find(|(_, peer)| peer.routes.contains(&net)),
+        };
+        match heir.map(|(slot, _)| slot) {
+            Some(slot) => self.routes.insert(net, slot),
+            None => self.routes.remove(net),
+        };
     }
 
     fn remove(&mut self, id: NodeId) {
@@ -652,9 +719,7 @@ impl Router {
             self.by_disco.remove(&key);
         }
         for net in peer.routes {
-            if self.routes.lookup(net.addr()) == Some(&slot) {
-                self.routes.remove(net);
-            }
+            self.take_route(net, slot);
         }
         debug!(peer = %peer.name, id = peer.id, "peer removed");
     }
@@ -885,7 +950,7 @@ impl Router {
             out.sends.push((To::Address(address), range.clone()));
         }
         if let Route::Relay | Route::Both(_) = route {
-            match peer.relay() {
+            match peer.relay(&self.relays) {
                 Some(relay) => out.sends.push((relay, range)),
                 None => trace!(peer = %peer.name, "no path and no relay: dropped"),
             }
@@ -902,7 +967,7 @@ impl Router {
             actions.clear();
             return;
         };
-        let relay = peer.relay();
+        let relay = peer.relay(&self.relays);
         let pair = peer
             .sealed
             .get_or_insert_with(|| disco::Pair::new(&self.disco, &key));
@@ -922,6 +987,7 @@ impl Router {
                     out.put(relay, &pair.seal(&call));
                 }
                 (Action::CallMeMaybe, _) => {}
+                (Action::LookAround, _) => self.lost_a_path = true,
             }
         }
     }
@@ -1275,6 +1341,27 @@ mod tests {
     }
 
     #[test]
+    fn a_peer_whose_home_cannot_be_used_is_answered_where_it_came_from() {
+        let mut world = World::new(false, |_| allow_all());
+        let mut netmap = Netmap {
+            myself: world.node(0),
+            peers: HashMap::from([(1, world.node(1))]),
+            ..Netmap::default()
+        };
+        netmap.peers.get_mut(&1).unwrap().home_derp = REGION + 1;
+        let changes = Changes {
+            peers: vec![1],
+            ..Changes::default()
+        };
+        let router = &mut world.hosts[0].router;
+        router.set_relays([REGION].into());
+        router.update(&netmap, &changes, world.now);
+        world.say(1, b"hello");
+        world.say(0, b"hello yourself");
+        assert_eq!(world.heard(1), [b"hello yourself"]);
+    }
+
+    #[test]
     fn one_way_policy_lets_answers_back_and_nothing_else() {
         // Host 1 lets host 0 in; host 0 lets nobody in.
         let mut world = World::new(true, |me| if me == 1 { allow_all() } else { Vec::new() });
@@ -1497,6 +1584,123 @@ mod tests {
         assert_eq!(ask("9.9.9.9:53"), Taken::ForResolver);
         assert_eq!(ask("9.9.9.9:54"), Taken::Dropped);
         assert_eq!(ask("100.64.0.2:53"), Taken::ForPeer(0));
+    }
+
+    #[test]
+    fn two_routers_of_one_subnet_relieve_each_other() {
+        let mut world = World::new(true, |_| allow_all());
+        world.hosts[1].router.prefer(Preferences {
+            accept: true,
+            ..Preferences::default()
+        });
+        let subnets = |nets: &[&str]| {
+            let nets = nets.iter().map(|net| net.parse().unwrap());
+            nets.collect::<Vec<IpNet>>()
+        };
+        let routing = |id, ip: &str, nets: &[&str]| {
+            let mut node = tailcfg::Node::new(id, Keys::random().node.public);
+            node.addresses = subnets(&[ip]);
+            node.allowed_ips = Some([node.addresses.clone(), subnets(nets)].concat());
+            node
+        };
+        let way = |world: &World, ip: [u8; 4]| {
+            let router = &world.hosts[1].router;
+            let slot = router.routes.lookup(ip.into());
+            slot.map(|&slot| router.peers[slot].id)
+        };
+        let wide = routing(7, "100.64.0.7/32", &["10.0.0.0/8", "10.0.0.0/24"]);
+        let narrow = routing(8, "100.64.0.8/32", &["10.0.0.0/24"]);
+        tell(
+            &mut world,
+            &[(7, wide.clone()), (8, narrow.clone())],
+            &[7, 8],
+        );
+        assert_eq!(way(&world, [10, 9, 9, 9]), Some(7));
+        assert_eq!(way(&world, [10, 0, 0, 9]), Some(8));
+        // The second loses the subnet, and the first still has it.
+        let without = routing(8, "100.64.0.8/32", &[]);
+        let without = tailcfg::Node {
+            key: narrow.key,
+            ..without
+        };
+        tell(&mut world, &[(7, wide.clone()), (8, without)], &[8]);
+        assert_eq!(way(&world, [10, 0, 0, 9]), Some(7));
+        tell(&mut world, &[(7, wide), (8, narrow.clone())], &[8]);
+        tell(&mut world, &[(8, narrow)], &[7]);
+        assert_eq!(way(&world, [10, 9, 9, 9]), None);
+        assert_eq!(way(&world, [10, 0, 0, 9]), Some(8));
+    }
+
+    #[test]
+    fn an_exit_takes_everything_but_questions_of_the_engine() {
+        let mut world = World::new(true, |_| allow_all());
+        let mut exit = world.node(0);
+        exit.allowed_ips = Some([&*exit.addresses, &crate::routes::EVERYWHERE].concat());
+        let us = world.hosts[1].ip;
+        let mut taken = |exit_node, to: &str| {
+            let preferences = Preferences {
+                exit_node,
+                ..Preferences::default()
+            };
+            world.hosts[1].router.prefer(preferences);
+            tell(&mut world, &[(0, exit.clone())], &[0]);
+            let packet = packet::udp(SocketAddr::new(us, 5000), to.parse().unwrap(), b"").unwrap();
+            let packet = Packet::parse(&packet).unwrap();
+            let router = &mut world.hosts[1].router;
+            router.outbound(&packet, world.now)
+        };
+        let named = || Some(crate::routes::ExitNode::Name("host0.example".into()));
+        assert_eq!(taken(None, "192.0.2.1:80"), Taken::Dropped);
+        assert_eq!(taken(named(), "192.0.2.1:80"), Taken::ForPeer(0));
+        assert_eq!(taken(named(), "192.0.2.1:53"), Taken::ForResolver);
+        assert_eq!(taken(named(), "100.64.0.1:53"), Taken::ForPeer(0));
+        // The resolver's own questions leave by the exit.
+        let router = &mut world.hosts[1].router;
+        let server = "192.0.2.1:53".parse().unwrap();
+        let question = packet::udp(SocketAddr::new(us, 5000), server, b"").unwrap();
+        let question = Packet::parse(&question).unwrap();
+        assert_eq!(router.question(&question, world.now), Taken::ForPeer(0));
+    }
+
+    #[test]
+    fn neighbours_bring_what_a_tunnel_would_and_no_more() {
+        let mut world = World::new(true, |_| allow_all());
+        world.hosts[1].router.prefer(Preferences {
+            accept: true,
+            advertise: vec!["10.2.0.0/24".parse().unwrap()],
+            ..Preferences::default()
+        });
+        let mut gateway = world.node(0);
+        let behind = "10.1.0.0/24".parse().unwrap();
+        gateway.allowed_ips = Some([&*gateway.addresses, &[behind]].concat());
+        let key = gateway.key;
+        let netmap = Netmap {
+            myself: world.node(1),
+            peers: [(0, gateway)].into(),
+            filters: BTreeMap::from([("base".to_owned(), allow_all())]),
+            ..Netmap::default()
+        };
+        let (peer, us) = (world.hosts[0].ip, world.hosts[1].ip);
+        let router = &mut world.hosts[1].router;
+        router.update(&netmap, &Changes::everything(), world.now);
+        let mut enters = |key: &NodePublicKey, src: IpAddr, dst: IpAddr| {
+            let (from, to) = (SocketAddr::new(src, 5), SocketAddr::new(dst, 6));
+            let bytes = packet::udp(from, to, b"").unwrap();
+            router.enter(key, &Packet::parse(&bytes).unwrap(), 1, world.now)
+        };
+        let [theirs, ours, nobodys] = [1, 2, 3].map(|net| IpAddr::from([10, net, 0, 9]));
+        for (src, dst, expected) in [
+            (peer, us, true),
+            (theirs, us, true),
+            (theirs, ours, true),
+            (ours, us, false),
+            (nobodys, us, false),
+            (peer, theirs, false),
+            (peer, nobodys, false),
+        ] {
+            assert_eq!(enters(&key, src, dst), expected, "{src} to {dst}");
+        }
+        assert!(!enters(&Keys::random().node.public, theirs, us));
     }
 
     #[test]

@@ -2,6 +2,7 @@
 
 use std::net::{IpAddr, SocketAddr};
 
+use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
 /// A node at one moment.
@@ -21,6 +22,8 @@ pub struct Status {
     pub home_relay: String,
     /// What is wrong, in the control server's words or ours.
     pub health: Vec<String>,
+    /// The routes that it offers, and its exit.
+    pub routes: crate::routes::Status,
     /// Its peers, by name.
     pub peers: Vec<PeerStatus>,
     /// Bytes of IP packets received from peers since the node started.
@@ -71,6 +74,8 @@ pub struct PeerStatus {
     pub addresses: Vec<IpAddr>,
     /// Whether the control server sees it; `None`: not said.
     pub online: Option<bool>,
+    /// The subnets that the node reaches through it; `0.0.0.0/0` and `::/0`: it is the exit.
+    pub routes: Vec<IpNet>,
     /// How packets to it travel now.
     pub path: PeerPath,
     /// Bytes of IP packets received from it.

@@ -74,6 +74,7 @@ impl Udp {
     }
 
     fn bind(port: u16, trains: bool) -> io::Result<Self> {
+        let trains = trains && kernel_sends_trains();
         let dual = || {
             let socket = Socket::new(Domain::IPV6, Type::DGRAM.nonblocking(), Some(Protocol::UDP))?;
             socket.set_only_v6(false)?;
@@ -144,13 +145,11 @@ impl Udp {
         };
         if contents.len() > segment && !self.single.load(Ordering::Relaxed) {
             match self.transmit(to, contents, Some(segment)) {
+                // The way to this address is too small for the datagrams: alone, they may go as
+                // fragments.
+                Err(error) if error.raw_os_error() == Some(libc::EMSGSIZE) => {}
                 // What a kernel or a card says that cannot split a train.
-                Err(error)
-                    if matches!(
-                        error.raw_os_error(),
-                        Some(libc::EIO | libc::EINVAL | libc::EMSGSIZE)
-                    ) =>
-                {
+                Err(error) if matches!(error.raw_os_error(), Some(libc::EIO | libc::EINVAL)) => {
                     if !self.single.swap(true, Ordering::Relaxed) {
                         info!(%error, "UDP segmentation offload does not work here: sending one by one");
                     }
@@ -207,6 +206,35 @@ impl Udp {
     }
 }
 
+/// Linux 7.0 up to 7.1.4 may mangle the headers of trains whose datagrams are all equally long,
+/// depending on the card (fixed by 78effd8 and 5f17ae0), and nobody notices but the peer.
+fn kernel_sends_trains() -> bool {
+    let release = rustix::system::uname();
+    let Some(version) = release.release().to_str().ok().and_then(version) else {
+        return true;
+    };
+    let sends = !((7, 0, 0)..(7, 1, 5)).contains(&version);
+    if !sends {
+        static ONCE: std::sync::Once = std::sync::Once::new();
+        ONCE.call_once(|| {
+            info!(
+                ?version,
+                "this kernel may mangle joined datagrams: sending one by one; 7.1.5 is mended"
+            );
+        });
+    }
+    sends
+}
+
+/// The first three numbers of a kernel's release, such as `6.12.48+deb13-amd64`.
+fn version(release: &str) -> Option<(u32, u32, u32)> {
+    let mut numbers = release
+        .split(|c: char| !c.is_ascii_digit())
+        .map(str::parse::<u32>);
+    let mut next = || numbers.next()?.ok();
+    Some((next()?, next()?, next().unwrap_or(0)))
+}
+
 /// Makes room for bursts: as much as is wanted for root, and else as the host's limits allow.
 fn enlarge_buffers(socket: &Socket) {
     let received = set_socket_recv_buffer_size_force(socket, SOCKET_BUFFER)
@@ -219,11 +247,25 @@ fn enlarge_buffers(socket: &Socket) {
 }
 
 /// quinn-udp forbids fragments, for QUIC finds the path's MTU itself. WireGuard does not: on a path
-/// too small for a full packet, fragments are better than silence. WANT is what any socket has.
+/// too small for a full packet, fragments are better than silence. Routers make them of IPv4, as of
+/// the kernel's own WireGuard; of IPv6 only the sender can, once it has heard of the path's MTU.
 fn allow_fragments(socket: &Socket, dual: bool) -> io::Result<()> {
-    set_ip_mtu_discover(socket, Ipv4PathMtuDiscovery::WANT)?;
+    set_ip_mtu_discover(socket, Ipv4PathMtuDiscovery::DONT)?;
     if dual {
         set_ipv6_mtu_discover(socket, Ipv6PathMtuDiscovery::WANT)?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn versions_of_kernels() {
+        assert_eq!(version("6.12.48+deb13-amd64"), Some((6, 12, 48)));
+        assert_eq!(version("7.1.4-pve"), Some((7, 1, 4)));
+        assert_eq!(version("7.2-rc1"), Some((7, 2, 0)));
+        assert_eq!(version("rolling"), None);
+    }
 }

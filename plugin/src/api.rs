@@ -18,13 +18,13 @@ use std::{
     time::{Duration, Instant},
 };
 
-use ipnet::IpNet;
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
     SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketFlags, SocketType, recvmsg, sendmsg,
     socket_with,
 };
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use tailnode_tun::Interface;
 
 use crate::Error;
 
@@ -87,12 +87,8 @@ pub enum Request {
 pub enum Response {
     /// The node is up: how to set up the container's device and resolver.
     Attached {
-        /// The node's addresses, each a network of one.
-        addresses: Vec<IpNet>,
-        /// What is reached through the device.
-        routes: Vec<IpNet>,
-        /// The largest packet, in bytes.
-        mtu: u32,
+        /// The device.
+        interface: Interface,
         /// The node's resolver.
         dns_servers: Vec<IpAddr>,
         /// Domains to complete short names with.
@@ -292,6 +288,7 @@ mod tests {
         os::{fd::AsFd, unix::net::UnixListener},
         thread,
     };
+    use tailnode_tun::Exit;
 
     use proptest::prelude::*;
 
@@ -331,16 +328,25 @@ mod tests {
             r#"{"result":"ok"}"#
         );
         let attached = Response::Attached {
-            addresses: vec!["100.64.0.1/32".parse().unwrap()],
-            routes: vec!["100.64.0.0/10".parse().unwrap()],
-            mtu: 1280,
+            interface: Interface {
+                addresses: vec!["100.64.0.1/32".parse().unwrap()],
+                routes: vec!["100.64.0.0/10".parse().unwrap()],
+                mtu: 1280,
+                index: 0,
+                trap_dns: false,
+                exit: Exit::BesideLan,
+                forwards: true,
+            },
             dns_servers: vec!["100.100.100.100".parse().unwrap()],
             search_domains: vec!["x.ts.net".into()],
         };
         assert_eq!(
             serde_json::to_value(attached).unwrap(),
             serde_json::json!({"result": "attached", "value": {
-                "addresses": ["100.64.0.1/32"], "routes": ["100.64.0.0/10"], "mtu": 1280,
+                "interface": {
+                    "addresses": ["100.64.0.1/32"], "routes": ["100.64.0.0/10"], "mtu": 1280,
+                    "index": 0, "trap_dns": false, "exit": "beside-lan", "forwards": true,
+                },
                 "dns_servers": ["100.100.100.100"], "search_domains": ["x.ts.net"],
             }})
         );

@@ -279,9 +279,7 @@ fn podman_key(container_id: String, network_id: String) -> Key {
 
 fn attached(ready: &Ready) -> Response {
     Response::Attached {
-        addresses: ready.interface.addresses.clone(),
-        routes: ready.interface.routes.clone(),
-        mtu: ready.interface.mtu,
+        interface: ready.interface.clone(),
         dns_servers: vec![interface::resolver(&ready.interface)],
         search_domains: ready.search_domains.clone(),
     }

@@ -137,7 +137,7 @@ impl Plugin {
             "/NetworkDriver.Leave" => {
                 let request: OfEndpoint = parse(body)?;
                 // The node goes on: Docker still has to take its device out of the container.
-                self.endpoints.release_device(&request.key());
+                self.endpoints.release_device(&request.key()).await;
                 Ok(json!({}))
             }
             "/NetworkDriver.DeleteEndpoint" => {

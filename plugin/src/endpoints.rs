@@ -3,7 +3,6 @@
 use std::{
     collections::{HashMap, HashSet},
     fs, mem,
-    net::IpAddr,
     os::fd::{AsFd, OwnedFd},
     path::PathBuf,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
@@ -11,8 +10,8 @@ use std::{
 };
 
 use ipnet::IpNet;
-use tailnode_node::{Login, Neighbours, Node, Offload, Segment, Zone};
-use tailnode_tun::{Interface, Netns};
+use tailnode_node::{Login, Neighbours, Node, Offload, RoutePreferences, Segment, Zone};
+use tailnode_tun::{Exit, Interface, Netns};
 use tokio::{
     task::{AbortHandle, JoinSet},
     time::Instant,
@@ -23,7 +22,7 @@ use crate::{
     Error,
     api::{ContainerStatus, Engine, is_called},
     identities::{Identities, Identity},
-    interface::{self, Device, blocking},
+    interface::{self, Device, Wanted, blocking},
     options::{self, Options},
 };
 
@@ -34,8 +33,8 @@ const DETACH: Duration = Duration::from_secs(3);
 /// After a control server did not let a node join in time, for how long other new nodes wait for it
 /// only [`SILENT_PATIENCE`]: while Podman's plugin waits, no other container of the host starts.
 const SILENT: Duration = Duration::from_secs(30);
-/// Longer than a server that is well takes.
-const SILENT_PATIENCE: Duration = Duration::from_secs(2);
+/// Longer than a server that is well takes: a Headscale nearby needs two seconds.
+const SILENT_PATIENCE: Duration = Duration::from_secs(4);
 
 /// For how long the status tells of a container that did not start because somebody must let it in.
 const WAITING: Duration = Duration::from_secs(3600);
@@ -171,6 +170,8 @@ struct Endpoint {
     node: Node,
     login_server: Url,
     ephemeral: bool,
+    routes: RoutePreferences,
+    exit: Exit,
     held: Mutex<Held>,
 }
 
@@ -280,6 +281,7 @@ impl Endpoints {
         let login_server = options.login_server()?;
         let auth_key = options.read_auth_key()?;
         let ephemeral = options.ephemeral.unwrap_or(false);
+        let (routes, exit) = (options.routes()?, options.exit());
         let hostname = options
             .hostname
             .or_else(|| options::dns_label(&guest.container_name))
@@ -321,6 +323,7 @@ impl Endpoints {
             auth_key,
             hostname: identity.hostname.clone(),
             tags: options.tags.unwrap_or_default(),
+            routes: routes.clone(),
             ephemeral,
             names_elsewhere,
             offload: self.offload,
@@ -342,6 +345,8 @@ impl Endpoints {
             node,
             login_server,
             ephemeral,
+            routes,
+            exit,
             held: Mutex::new(Held {
                 tun: Some(Arc::new(copy)),
                 identity: Some(identity),
@@ -397,7 +402,7 @@ impl Endpoints {
         }
         self.clone().keep(endpoint);
         Ok(Ready {
-            interface: self.wanted(endpoint, &identity.addresses, endpoint.index().unwrap_or(0)),
+            interface: self.wanted(endpoint, endpoint.index().unwrap_or(0)),
             search_domains: identity.search_domains,
             endpoint: endpoint.clone(),
         })
@@ -412,19 +417,11 @@ impl Endpoints {
         if held.keeper.is_some() {
             return;
         }
-        let device = Device {
-            tun,
-            engine: endpoint.guest.key.engine,
-            host: self.host,
-        };
-        let (own, peers) = (endpoint.node.addresses(), endpoint.node.routes());
+        let device = self.device(endpoint, tun);
+        let reach = endpoint.node.reach();
         let kept = endpoint.clone();
         let keeper = tokio::spawn(async move {
-            let wanted = |index| {
-                let addresses = kept.node.addresses().borrow().clone();
-                self.wanted(&kept, &addresses, index)
-            };
-            let result = device.keep(own, peers, wanted).await;
+            let result = device.keep(reach, |index| self.wanted(&kept, index)).await;
             let (container, network) = (&kept.guest.container_name, &kept.guest.network_name);
             match result {
                 Ok(()) => {}
@@ -442,30 +439,68 @@ impl Endpoints {
         held.keeper = Some(keeper.abort_handle());
     }
 
-    fn wanted(&self, endpoint: &Arc<Endpoint>, addresses: &[IpAddr], index: u32) -> Interface {
+    fn wanted(&self, endpoint: &Arc<Endpoint>, index: u32) -> Interface {
         let guest = &endpoint.guest;
         let before: Vec<Arc<Endpoint>> = self
             .of_container(guest.key.engine, &guest.container_id)
             .into_iter()
             .filter(|other| index > 0 && other.index().is_some_and(|other| other < index))
             .collect();
-        let taken: HashSet<_> = before
-            .iter()
-            .flat_map(|other| other.node.routes().borrow().clone())
-            .collect();
-        let peers = endpoint.node.routes().borrow().clone();
-        let trap_dns = guest.key.engine == Engine::Docker;
-        interface::wanted(addresses, guest.address, index, &peers, &taken, trap_dns)
+        let mut taken = HashSet::new();
+        for other in before {
+            let reach = other.node.reach().borrow().clone();
+            taken.extend(reach.peers.into_iter().chain(reach.subnets));
+        }
+        interface::wanted(&Wanted {
+            local: guest.address,
+            index,
+            reach: &endpoint.node.reach().borrow(),
+            taken: &taken,
+            trap_dns: guest.key.engine == Engine::Docker,
+            exit: endpoint.exit,
+            forwards: !endpoint.routes.offered().is_empty(),
+        })
+    }
+
+    fn device(&self, endpoint: &Endpoint, tun: Arc<OwnedFd>) -> Device {
+        Device {
+            tun,
+            engine: endpoint.guest.key.engine,
+            accepts_routes: endpoint.routes.accept,
+            host: self.host,
+        }
     }
 
     /// Leaves the endpoint's device alone from now on: Docker is about to take it out of the
     /// container. When the container joins again, the device is kept again.
-    pub(crate) fn release_device(&self, key: &Key) {
+    pub(crate) async fn release_device(&self, key: &Key) {
         let endpoint = self.state().endpoints.get(key).cloned();
-        if let Some(endpoint) = endpoint
-            && let Some(keeper) = endpoint.held().keeper.take()
-        {
+        if let Some(endpoint) = endpoint {
+            self.release(&endpoint).await;
+        }
+    }
+
+    /// Takes back what the device would leave behind in a container that lives on.
+    async fn release(&self, endpoint: &Endpoint) {
+        let (keeper, tun) = {
+            let mut held = endpoint.held();
+            (held.keeper.take(), held.tun.clone())
+        };
+        if let Some(keeper) = keeper {
             keeper.abort();
+        }
+        let changes_container = endpoint.exit != Exit::No || !endpoint.routes.offered().is_empty();
+        let Some(tun) = tun.filter(|_| changes_container) else {
+            return;
+        };
+        match self.device(endpoint, tun).release().await {
+            // The container ended first, and with it all that was changed in it.
+            Ok(()) | Err(Error::Tun(tailnode_tun::Error::Gone { .. })) => {}
+            Err(error) => tracing::error!(
+                container = endpoint.guest.container_name,
+                network = endpoint.guest.network_name,
+                "cannot put the container's own routes back: {error}"
+            ),
         }
     }
 
@@ -479,6 +514,7 @@ impl Endpoints {
             state.endpoints.get(key).cloned()
         };
         if let Some(endpoint) = endpoint {
+            self.release(&endpoint).await;
             self.end_within(endpoint, false, Instant::now() + DETACH)
                 .await;
         }

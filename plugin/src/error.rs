@@ -79,6 +79,10 @@ pub enum Error {
         reason: String,
     },
 
+    /// Two options that exclude each other.
+    #[error("`exit-node` and `advertise-exit-node` exclude each other: an exit cannot use another")]
+    BothExits,
+
     /// The configuration file is no TOML, or holds something other than options.
     #[error("{}: {reason}", path.display())]
     Config {

@@ -9,7 +9,8 @@ use std::{
 };
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
-use tailnode_tun::{Interface, Netns};
+use tailnode_node::Reach;
+use tailnode_tun::{Exit, Interface, Netns};
 use tokio::{
     sync::watch,
     time::{Instant, sleep_until},
@@ -33,41 +34,51 @@ const TAILNET_V4: Ipv4Net = Ipv4Net::new_assert(Ipv4Addr::new(100, 64, 0, 0), 10
 const TAILNET_V6: Ipv6Net =
     Ipv6Net::new_assert(Ipv6Addr::new(0xfd7a, 0x115c, 0xa1e0, 0, 0, 0, 0, 0), 48);
 
-/// How the device of a node should be set up. `local` is its address in a network of this host
-/// alone; `peers` are the node's, `taken` those of the container's tailnets that come before this
-/// one.
-pub(crate) fn wanted(
-    addresses: &[IpAddr],
-    local: Option<IpNet>,
-    index: u32,
-    peers: &[IpNet],
-    taken: &HashSet<IpNet>,
-    trap_dns: bool,
-) -> Interface {
+/// What decides how the device of a node is set up.
+#[derive(Clone, Copy)]
+pub(crate) struct Wanted<'a> {
+    /// The node's address in a network of this host alone.
+    pub(crate) local: Option<IpNet>,
+    /// The device's number in its container.
+    pub(crate) index: u32,
+    /// Who the node is, and what it reaches.
+    pub(crate) reach: &'a Reach,
+    /// What the container's tailnets reach that come before this one.
+    pub(crate) taken: &'a HashSet<IpNet>,
+    pub(crate) trap_dns: bool,
+    pub(crate) exit: Exit,
+    /// Whether the node offers routes.
+    pub(crate) forwards: bool,
+}
+
+/// How the device of a node should be set up.
+pub(crate) fn wanted(wanted: &Wanted) -> Interface {
     let mut routes = Vec::new();
-    if addresses.iter().any(IpAddr::is_ipv4) {
+    if wanted.reach.addresses.iter().any(IpAddr::is_ipv4) {
         routes.push(IpNet::from(TAILNET_V4));
     }
-    if addresses.iter().any(IpAddr::is_ipv6) {
+    if wanted.reach.addresses.iter().any(IpAddr::is_ipv6) {
         routes.push(IpNet::from(TAILNET_V6));
     }
-    if index > 0 {
+    let free = |net: &&IpNet| !wanted.taken.contains(net);
+    if wanted.index > 0 {
         // All tailnets use the same range, and the first has it: the others' peers need routes of
         // their own.
-        routes.extend(peers.iter().filter(|peer| !taken.contains(peer)));
+        routes.extend(wanted.reach.peers.iter().filter(free));
     }
+    routes.extend(wanted.reach.subnets.iter().filter(free));
     // Behind the tailnet's, so that packets to the local network carry a tailnet address too.
-    let addresses = addresses
-        .iter()
-        .copied()
-        .chain(local.map(|local| local.addr()));
-    routes.extend(local.map(|local| local.trunc()));
+    let addresses = wanted.reach.addresses.iter().copied();
+    let addresses = addresses.chain(wanted.local.map(|local| local.addr()));
+    routes.extend(wanted.local.map(|local| local.trunc()));
     Interface {
         addresses: addresses.map(IpNet::from).collect(),
         routes,
         mtu: MTU,
-        index,
-        trap_dns,
+        index: wanted.index,
+        trap_dns: wanted.trap_dns,
+        exit: wanted.exit,
+        forwards: wanted.forwards,
     }
 }
 
@@ -101,17 +112,17 @@ pub(crate) async fn blocking<T: Send + 'static>(f: impl FnOnce() -> T + Send + '
 pub(crate) struct Device {
     pub(crate) tun: Arc<OwnedFd>,
     pub(crate) engine: Engine,
+    pub(crate) accepts_routes: bool,
     /// The namespace that it must never be set up in.
     pub(crate) host: (u64, u64),
 }
 
 impl Device {
     /// Sets the device up and keeps it so, until it is gone. `wanted` is asked anew, with the
-    /// device's number, whenever the node's `own` addresses or its `peers` change.
+    /// device's number, whenever `reach` changes.
     pub(crate) async fn keep(
         &self,
-        mut own: watch::Receiver<Vec<IpAddr>>,
-        mut peers: watch::Receiver<Vec<IpNet>>,
+        mut reach: watch::Receiver<Reach>,
         wanted: impl Fn(u32) -> Interface,
     ) -> Result<(), Error> {
         // When to set the device up, in milliseconds from now.
@@ -121,8 +132,9 @@ impl Device {
             Engine::Podman => {
                 let name = tailnode_tun::device_name(self.tun.as_fd())?;
                 match index_of(&name) {
-                    Some(0) => (0, &[]),
-                    Some(index) => (index, &[100, 2000]),
+                    // The first has routes of its own only to subnets.
+                    Some(index) if index > 0 || self.accepts_routes => (index, &[100, 2000]),
+                    Some(index) => (index, &[]),
                     None => return Ok(()),
                 }
             }
@@ -135,25 +147,40 @@ impl Device {
             .iter()
             .map(|&time| began + Duration::from_millis(time));
         let mut next = times.next();
-        let mut begun = false;
-        own.mark_unchanged();
+        // The shim sets what is so now.
+        let mut last = next.is_none().then(|| wanted(index));
         loop {
-            tokio::select! {
-                () = sleep_until(next.unwrap_or(began)), if next.is_some() => next = times.next(),
-                changed = own.changed() => if changed.is_err() {
-                    return Ok(());
+            let timed = tokio::select! {
+                () = sleep_until(next.unwrap_or(began)), if next.is_some() => {
+                    next = times.next();
+                    true
+                }
+                changed = reach.changed(), if last.is_some() => match changed {
+                    Ok(()) => false,
+                    Err(_) => return Ok(()),
                 },
-                changed = peers.changed(), if index > 0 && begun => if changed.is_err() {
-                    return Ok(());
-                },
+            };
+            let interface = wanted(index);
+            if !timed && last.as_ref() == Some(&interface) {
+                continue;
             }
-            begun = true;
-            let applied = self.apply(wanted(index)).await;
+            let applied = self.apply(interface.clone()).await;
+            last = Some(interface);
             // One that fails because the engine was changing the same thing is followed by another.
             if next.is_none() {
                 applied?;
             }
         }
+    }
+
+    /// Takes back what the device would leave behind in its container, which it is to leave.
+    pub(crate) async fn release(&self) -> Result<(), Error> {
+        if let Some((netns, name)) = self.place().await?
+            && let Some(index) = index_of(&name)
+        {
+            blocking(move || tailnode_tun::release(&netns, &name, index)).await?;
+        }
+        Ok(())
     }
 
     /// Waits until Docker has moved the device into its container, renamed it, given it Docker's
@@ -223,34 +250,69 @@ mod tests {
 
     #[test]
     fn the_first_tailnet_has_the_range_and_the_second_its_peers() {
-        let own = [
-            "100.64.0.1".parse().unwrap(),
-            "fd7a:115c:a1e0::1".parse().unwrap(),
-        ];
-        let peers = nets(&["100.64.0.2/32", "100.64.0.3/32"]);
-        let taken = nets(&["100.64.0.2/32"]).into_iter().collect();
-
-        let first = wanted(&own, None, 0, &peers, &HashSet::new(), false);
+        let reach = Reach {
+            addresses: vec![
+                "100.64.0.1".parse().unwrap(),
+                "fd7a:115c:a1e0::1".parse().unwrap(),
+            ],
+            peers: nets(&["100.64.0.2/32", "100.64.0.3/32"]),
+            subnets: nets(&["10.1.0.0/24", "10.2.0.0/24"]),
+        };
+        let nothing = HashSet::new();
+        let plain = Wanted {
+            local: None,
+            index: 0,
+            reach: &reach,
+            taken: &nothing,
+            trap_dns: false,
+            exit: Exit::No,
+            forwards: false,
+        };
+        let first = wanted(&plain);
         assert_eq!(
             first.addresses,
             nets(&["100.64.0.1/32", "fd7a:115c:a1e0::1/128"])
         );
-        assert_eq!(
-            first.routes,
-            nets(&["100.64.0.0/10", "fd7a:115c:a1e0::/48"])
-        );
+        let range = ["100.64.0.0/10", "fd7a:115c:a1e0::/48"];
+        let subnets = ["10.1.0.0/24", "10.2.0.0/24"];
+        assert_eq!(first.routes, nets(&[range, subnets].concat()));
 
-        let second = wanted(&own[..1], None, 1, &peers, &taken, true);
-        assert_eq!(second.routes, nets(&["100.64.0.0/10", "100.64.0.3/32"]));
-        assert!(second.trap_dns && second.mtu == 1280);
+        let taken = nets(&["100.64.0.2/32", "10.2.0.0/24"])
+            .into_iter()
+            .collect();
+        let one_address = Reach {
+            addresses: reach.addresses[..1].to_vec(),
+            ..reach.clone()
+        };
+        let second = wanted(&Wanted {
+            reach: &one_address,
+            index: 1,
+            taken: &taken,
+            trap_dns: true,
+            exit: Exit::Everything,
+            forwards: true,
+            ..plain
+        });
+        assert_eq!(
+            second.routes,
+            nets(&["100.64.0.0/10", "100.64.0.3/32", "10.1.0.0/24"])
+        );
+        assert!(second.trap_dns && second.forwards && second.mtu == 1280);
+        assert_eq!(second.exit, Exit::Everything);
 
         assert_eq!(resolver(&first), IpAddr::from(RESOLVER_V4));
         assert_eq!(resolver(&second), IpAddr::from(RESOLVER_V4));
-        let third = wanted(&own, None, 2, &[], &HashSet::new(), false);
+        let third = wanted(&Wanted { index: 2, ..plain });
         assert_eq!(resolver(&third), IpAddr::from(RESOLVER_V6));
 
-        let local = "172.19.0.2/16".parse().ok();
-        let local = wanted(&own[..1], local, 0, &peers, &taken, true);
+        let local = wanted(&Wanted {
+            local: "172.19.0.2/16".parse().ok(),
+            reach: &Reach {
+                subnets: Vec::new(),
+                ..one_address
+            },
+            ..plain
+        });
         assert_eq!(local.addresses, nets(&["100.64.0.1/32", "172.19.0.2/32"]));
         assert_eq!(local.routes, nets(&["100.64.0.0/10", "172.19.0.0/16"]));
     }

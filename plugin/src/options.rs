@@ -5,11 +5,14 @@ use std::{
     collections::BTreeMap,
     fs::{self, File},
     io::{self, Read},
+    net::IpAddr,
     os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
 };
 
-use tailnode_node::Secret;
+use ipnet::IpNet;
+use tailnode_node::{ExitNode, RoutePreferences, Secret};
+use tailnode_tun::Exit;
 use url::Url;
 
 use crate::Error;
@@ -23,7 +26,18 @@ const MAX_AUTH_KEY_FILE: u64 = 4096;
 /// Longest DNS label, RFC 1035 section 2.3.4.
 const MAX_LABEL: usize = 63;
 
-const KEYS: [&str; 5] = ["hostname", "login-server", "auth-key", "ephemeral", "tags"];
+const KEYS: [&str; 10] = [
+    "hostname",
+    "login-server",
+    "auth-key",
+    "ephemeral",
+    "tags",
+    "accept-routes",
+    "advertise-routes",
+    "advertise-exit-node",
+    "exit-node",
+    "exit-node-allow-lan-access",
+];
 
 /// What is set on one surface: the configuration file, a network, a container's labels, or the
 /// container's own use of the network.
@@ -39,6 +53,16 @@ pub struct Options {
     pub ephemeral: Option<bool>,
     /// Tags to ask for, `tag:` included.
     pub tags: Option<Vec<String>>,
+    /// Whether to take the subnets that peers route.
+    pub accept_routes: Option<bool>,
+    /// Subnets to route for the tailnet.
+    pub advertise_routes: Option<Vec<IpNet>>,
+    /// Whether to be an exit for the tailnet.
+    pub advertise_exit_node: Option<bool>,
+    /// The peer by which everything leaves.
+    pub exit_node: Option<ExitNode>,
+    /// Whether the networks that the container is on are still reached without it.
+    pub exit_node_allow_lan_access: Option<bool>,
 }
 
 impl Options {
@@ -108,6 +132,36 @@ impl Options {
             auth_key: self.auth_key.or(lower.auth_key),
             ephemeral: self.ephemeral.or(lower.ephemeral),
             tags: self.tags.or(lower.tags),
+            accept_routes: self.accept_routes.or(lower.accept_routes),
+            advertise_routes: self.advertise_routes.or(lower.advertise_routes),
+            advertise_exit_node: self.advertise_exit_node.or(lower.advertise_exit_node),
+            exit_node: self.exit_node.or(lower.exit_node),
+            exit_node_allow_lan_access: self
+                .exit_node_allow_lan_access
+                .or(lower.exit_node_allow_lan_access),
+        }
+    }
+
+    /// Which routes the node takes and offers; an error where they contradict each other.
+    pub fn routes(&self) -> Result<RoutePreferences, Error> {
+        let advertise_exit = self.advertise_exit_node.unwrap_or(false);
+        match &self.exit_node {
+            Some(_) if advertise_exit => Err(Error::BothExits),
+            exit_node => Ok(RoutePreferences {
+                accept: self.accept_routes.unwrap_or(false),
+                advertise: self.advertise_routes.clone().unwrap_or_default(),
+                advertise_exit,
+                exit_node: exit_node.clone(),
+            }),
+        }
+    }
+
+    /// What leaves by the node's device because of its exit.
+    pub fn exit(&self) -> Exit {
+        match (&self.exit_node, self.exit_node_allow_lan_access) {
+            (None, _) => Exit::No,
+            (Some(_), Some(true)) => Exit::BesideLan,
+            (Some(_), _) => Exit::Everything,
         }
     }
 
@@ -218,11 +272,11 @@ impl Place {
             (Place::File, "hostname") => {
                 Some("it would be every container's; set it on one: `--network NAME:hostname=web`")
             }
-            (Place::Label, "ephemeral" | "tags") => Some(
-                "labels come with images too; set it on the network (`-o`) or on the container's use of it",
-            ),
             (Place::Label | Place::Container, "login-server" | "auth-key") => Some(
                 "it belongs to the network: `network create -d tailscale -o …`, or to /etc/tailnode/config.toml",
+            ),
+            (Place::Label, key) if key != "hostname" => Some(
+                "labels come with images too; set it on the network (`-o`) or on the container's use of it",
             ),
             _ => None,
         }
@@ -251,10 +305,18 @@ fn parse(pairs: &BTreeMap<String, String>, place: Place) -> Result<Options, Erro
             "hostname" => options.hostname = Some(parse_hostname(value, place)?),
             "login-server" => options.login_server = Some(parse_url(value, place)?),
             "auth-key" => options.auth_key = Some(parse_auth_key(value, place)?),
-            "ephemeral" => options.ephemeral = Some(parse_bool(value, place)?),
-            _ => options.tags = Some(parse_tags(value, place)?),
+            "ephemeral" => options.ephemeral = Some(parse_bool(known, value, place)?),
+            "tags" => options.tags = Some(parse_tags(value, place)?),
+            "accept-routes" => options.accept_routes = Some(parse_bool(known, value, place)?),
+            "advertise-routes" => options.advertise_routes = Some(parse_routes(value, place)?),
+            "advertise-exit-node" => {
+                options.advertise_exit_node = Some(parse_bool(known, value, place)?);
+            }
+            "exit-node" => options.exit_node = Some(parse_exit_node(value, place)?),
+            _ => options.exit_node_allow_lan_access = Some(parse_bool(known, value, place)?),
         }
     }
+    options.routes()?;
     Ok(options)
 }
 
@@ -327,15 +389,11 @@ fn parse_auth_key(value: &str, place: Place) -> Result<PathBuf, Error> {
     }
 }
 
-fn parse_bool(value: &str, place: Place) -> Result<bool, Error> {
+fn parse_bool(key: &'static str, value: &str, place: Place) -> Result<bool, Error> {
     match value {
         "true" => Ok(true),
         "false" => Ok(false),
-        _ => Err(bad(
-            "ephemeral",
-            place,
-            format!("{value:?} must be true or false"),
-        )),
+        _ => Err(bad(key, place, format!("{value:?} must be true or false"))),
     }
 }
 
@@ -360,6 +418,49 @@ fn parse_tags(value: &str, place: Place) -> Result<Vec<String>, Error> {
             }
         })
         .collect()
+}
+
+fn parse_routes(value: &str, place: Place) -> Result<Vec<IpNet>, Error> {
+    let bad = |reason| Err(bad("advertise-routes", place, reason));
+    let routes = value.split(['+', ',']).map(str::trim);
+    let routes = routes.filter(|route| !route.is_empty()).map(|route| {
+        match (route.parse::<IpNet>(), route.parse::<IpAddr>()) {
+            (Ok(net), _) if net.prefix_len() == 0 => bad(format!(
+                "{route} is everything: set advertise-exit-node=true instead"
+            )),
+            (Ok(net), _) if net.trunc() != net => bad(format!(
+                "{route} has bits set beyond its prefix: do you mean {}?",
+                net.trunc()
+            )),
+            (Ok(net), _) => Ok(net),
+            (_, Ok(address)) => bad(format!(
+                "{route} has no prefix length: for this one address write {}",
+                IpNet::from(address)
+            )),
+            _ => bad(format!(
+                "{route:?} is no network: write 10.0.0.0/24 or fd00:1::/64; several are joined by +"
+            )),
+        }
+    });
+    routes.collect()
+}
+
+/// An address, or a MagicDNS name or the first label of one.
+fn parse_exit_node(value: &str, place: Place) -> Result<ExitNode, Error> {
+    if let Ok(address) = value.parse() {
+        return Ok(ExitNode::Address(address));
+    }
+    let name = value.trim_end_matches('.').to_ascii_lowercase();
+    let is_label = |label: &str| dns_label(label).as_deref() == Some(label);
+    if name.split('.').all(is_label) {
+        Ok(ExitNode::Name(name))
+    } else {
+        Err(bad(
+            "exit-node",
+            place,
+            format!("{value:?} is neither the name of a node nor a tailnet address"),
+        ))
+    }
 }
 
 fn option_text(value: &toml::Value) -> Option<String> {
@@ -395,6 +496,11 @@ mod tests {
             ("auth-key", "file:/etc/tailnode/auth.key"),
             ("ephemeral", "true"),
             ("tags", "tag:web+prod"),
+            ("accept-routes", "true"),
+            ("advertise-routes", "10.0.0.0/24+fd00:1::/64, 10.1.0.7/32"),
+            ("advertise-exit-node", "false"),
+            ("exit-node", "Gw.example.ts.net."),
+            ("exit-node-allow-lan-access", "true"),
         ]))
         .unwrap();
         assert_eq!(
@@ -405,8 +511,18 @@ mod tests {
                 auth_key: Some("/etc/tailnode/auth.key".into()),
                 ephemeral: Some(true),
                 tags: Some(vec!["tag:web".into(), "tag:prod".into()]),
+                accept_routes: Some(true),
+                advertise_routes: Some(vec![
+                    "10.0.0.0/24".parse().unwrap(),
+                    "fd00:1::/64".parse().unwrap(),
+                    "10.1.0.7/32".parse().unwrap(),
+                ]),
+                advertise_exit_node: Some(false),
+                exit_node: Some(ExitNode::Name("gw.example.ts.net".into())),
+                exit_node_allow_lan_access: Some(true),
             }
         );
+        assert_eq!(options.exit(), Exit::BesideLan);
     }
 
     #[test]
@@ -424,9 +540,21 @@ mod tests {
             (network("auth_key", "a"), "did you mean `auth-key`?"),
             (network("Tags", "a"), "did you mean `tags`?"),
             (
-                network("advertise-routes", "a"),
-                "there are hostname, login-server, auth-key, ephemeral, tags",
+                network("colour", "a"),
+                "there are hostname, login-server, auth-key, ephemeral, tags, accept-routes, ",
             ),
+            (network("accept-routes", "yes"), "must be true or false"),
+            (
+                network("advertise-routes", "10.0.0.0/24+10.0.1.1/24"),
+                "10.0.1.1/24 has bits set beyond its prefix: do you mean 10.0.1.0/24?",
+            ),
+            (network("advertise-routes", "fd00::5"), "write fd00::5/128"),
+            (
+                network("advertise-routes", "0.0.0.0/0"),
+                "set advertise-exit-node=true",
+            ),
+            (network("advertise-routes", "lan"), "is no network"),
+            (network("exit-node", "a b"), "neither the name of a node"),
             (network("hostname", "…"), "no letter or digit"),
             (
                 network("login-server", "headscale"),
@@ -449,6 +577,19 @@ mod tests {
         ] {
             assert!(error.contains(words), "{error:?} does not say {words:?}");
         }
+    }
+
+    #[test]
+    fn an_exit_uses_no_other() {
+        let of = |list: &[(&str, &str)]| Options::of_network(&pairs(list));
+        let both = of(&[("exit-node", "gw"), ("advertise-exit-node", "true")]);
+        assert!(matches!(both, Err(Error::BothExits)));
+        let merged = of(&[("exit-node", "gw")])
+            .unwrap()
+            .over(of(&[("advertise-exit-node", "true")]).unwrap());
+        assert!(matches!(merged.routes(), Err(Error::BothExits)));
+        let lan = of(&[("exit-node-allow-lan-access", "true")]).unwrap();
+        assert_eq!(lan.exit(), Exit::No);
     }
 
     #[test]
@@ -491,6 +632,7 @@ mod tests {
             "tailscale.auth-key",
             "tailscale.login-server",
             "tailscale.tags",
+            "tailscale.exit-node",
             "tailscale.hostnam",
         ] {
             assert!(labels(&[(key, "file:/etc/shadow")]).is_err(), "{key}");

@@ -3,6 +3,7 @@ use std::{
     net::{IpAddr, SocketAddr},
     ops::Deref,
     path::Path,
+    process::Command,
     thread,
     time::Duration,
 };
@@ -11,7 +12,7 @@ use serde_json::Value;
 use tempfile::TempDir;
 
 use crate::{
-    Namespace, eventually,
+    NameServer, Namespace, eventually,
     program::{Process, ask, peer},
 };
 
@@ -33,7 +34,18 @@ impl Gopher {
         key: &str,
         name: &str,
     ) -> Result<Gopher, String> {
-        let mut gopher = Gopher::start(namespace, login_server);
+        Gopher::join_with(namespace, login_server, key, name, &[])
+    }
+
+    /// The same with variables in its environment.
+    pub fn join_with(
+        namespace: Namespace,
+        login_server: &str,
+        key: &str,
+        name: &str,
+        environment: &[(&str, &str)],
+    ) -> Result<Gopher, String> {
+        let mut gopher = Gopher::start(namespace, login_server, environment);
         let key = format!("--auth-key={key}");
         gopher.up(login_server, name, &[&key])?;
         gopher.learn_addresses()?;
@@ -47,7 +59,7 @@ impl Gopher {
         name: &str,
         open: impl FnOnce(&str),
     ) -> Result<Gopher, String> {
-        let mut gopher = Gopher::start(namespace, login_server);
+        let mut gopher = Gopher::start(namespace, login_server, &[]);
         thread::scope(|scope| {
             let up = scope.spawn(|| gopher.up(login_server, name, &[]));
             let mut page = String::new();
@@ -103,10 +115,15 @@ impl Gopher {
             .unwrap_or_else(|error| panic!("tailscale lock {words:?}: {error}"))
     }
 
-    fn start(namespace: Namespace, login_server: &str) -> Gopher {
+    fn start(namespace: Namespace, login_server: &str, environment: &[(&str, &str)]) -> Gopher {
         let directory = TempDir::new().expect("a directory for tailscaled");
+        let mut daemon = command(&namespace, &directory);
+        daemon.envs(environment.iter().copied());
+        if login_server.starts_with("http:") {
+            daemon.env("TS_DEBUG_USE_DERP_HTTP", "1");
+        }
         let gopher = Gopher {
-            _daemon: spawn(&namespace, &directory, login_server.starts_with("http:")),
+            _daemon: Process::spawn(daemon, directory.path().join("test.log")),
             namespace,
             addresses: Vec::new(),
             directory,
@@ -150,6 +167,12 @@ impl Gopher {
             "--c=1",
             &to.to_string(),
         ])
+    }
+
+    /// Changes its preferences: flags as for `tailscale set`.
+    pub fn set(&self, flags: &[&str]) {
+        self.tailscale(&[&["set"], flags].concat())
+            .unwrap_or_else(|error| panic!("tailscale set {flags:?}: {error}"));
     }
 
     /// What it knows of the peer of this name, as `tailscale status --json` tells it.
@@ -233,7 +256,7 @@ impl Deref for Gopher {
     }
 }
 
-fn spawn(namespace: &Namespace, directory: &TempDir, plain_relays: bool) -> Process {
+fn command(namespace: &Namespace, directory: &TempDir) -> Command {
     let path = directory.path();
     // It rewrites /etc/resolv.conf, and so has an /etc of its own.
     let etc = path.join("etc");
@@ -241,7 +264,7 @@ fn spawn(namespace: &Namespace, directory: &TempDir, plain_relays: bool) -> Proc
     for file in ["passwd", "group", "nsswitch.conf"] {
         fs::copy(Path::new("/etc").join(file), etc.join(file)).expect("fill its /etc");
     }
-    fs::write(etc.join("resolv.conf"), "").expect("write its resolv.conf");
+    fs::write(etc.join("resolv.conf"), NameServer::RESOLV_CONF).expect("write its resolv.conf");
     let mut command = namespace.command("unshare");
     command
         .args(["--mount", "sh", "-ec"])
@@ -255,8 +278,5 @@ fn spawn(namespace: &Namespace, directory: &TempDir, plain_relays: bool) -> Proc
         .arg("--socket")
         .arg(path.join("tailscaled.sock"))
         .env("TS_LOGS_DIR", path);
-    if plain_relays {
-        command.env("TS_DEBUG_USE_DERP_HTTP", "1");
-    }
-    Process::spawn(command, path.join("test.log"))
+    command
 }

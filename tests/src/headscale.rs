@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use crate::{
-    Site, Underlay, eventually,
+    NameServer, Site, Underlay, eventually,
     program::{Process, ask, peer},
 };
 
@@ -90,6 +90,13 @@ impl Headscale {
         let file = self.state.path().join("policy.hujson");
         fs::write(&file, policy).expect("write the policy");
         self.ask(&["policy", "set", "--file", &file.to_string_lossy()]);
+    }
+
+    /// Lets the node of this name route these subnets from now on, and no others.
+    pub fn set_routes(&self, name: &str, routes: &[&str]) {
+        let id = format!("--identifier={}", self.id(name));
+        let routes = format!("--routes={}", routes.join(","));
+        self.ask(&["nodes", "approve-routes", &id, &routes]);
     }
 
     /// Makes a node log in again, now or at a time.
@@ -175,7 +182,12 @@ fn configuration(directory: &Path, domain: &str, site: &Site) -> String {
         "policy": { "mode": "database" },
         "dns": {
             "magic_dns": true, "base_domain": domain, "override_local_dns": false,
-            "nameservers": { "global": [] },
+            "nameservers": {
+                "global": [], "split": { NameServer::OFFICE_ZONE: [NameServer::OFFICE] },
+            },
+            "extra_records": [
+                { "name": format!("wiki.{domain}"), "type": "A", "value": NameServer::WIKI },
+            ],
         },
         "derp": {
             "urls": [], "paths": [directory.join("derp.yaml")], "auto_update_enabled": false,

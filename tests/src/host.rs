@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use crate::{
-    Container, Namespace, Tailnet, Underlay, WallClock, eventually,
+    Container, NameServer, Namespace, Tailnet, Underlay, WallClock, eventually,
     program::{Process, ask, is_empty, program},
 };
 
@@ -278,8 +278,17 @@ fn spawn(
     directory: &Path,
     arguments: &[&str],
 ) -> Process {
-    let mut command = namespace.command(program("tailnoded"));
-    command.args(arguments);
+    // It asks the underlay's name server, and never those of the machine that runs the tests.
+    let resolv_conf = directory.join("resolv.conf");
+    fs::write(&resolv_conf, NameServer::RESOLV_CONF).expect("write its resolv.conf");
+    let mut command = namespace.command("unshare");
+    command
+        .args(["--mount", "sh", "-ec"])
+        .arg("mount --bind \"$1\" /etc/resolv.conf; shift; exec \"$@\"")
+        .arg("sh")
+        .arg(resolv_conf)
+        .arg(program("tailnoded"))
+        .args(arguments);
     if let Some(clock) = clock {
         clock.rule(&mut command);
     }

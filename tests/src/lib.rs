@@ -4,7 +4,8 @@
 //! coordination server on it, a [`Host`] runs the daemon, and a [`Container`] is a bare namespace
 //! that the host attaches by running the netavark plugin, as Podman would. The peers of others are
 //! a [`Gopher`], which is a machine with Tailscale's own client, and as the coordination server
-//! [`Headscale`] or [`Testcontrol`], and as a relay a [`Derper`].
+//! [`Headscale`] or [`Testcontrol`], and as a relay a [`Derper`]. A [`Site`] says what a server has
+//! besides, and an [`Authority`] certifies it.
 //!
 //! Nothing here has a name outside the test's process: a namespace lives as long as its file is
 //! open and a child process dies with the thread that started it. So a test that panics, or is
@@ -19,6 +20,7 @@ mod derper;
 mod gopher;
 mod headscale;
 mod host;
+mod name_server;
 mod namespace;
 mod program;
 mod proxy;
@@ -28,6 +30,7 @@ mod testcontrol;
 mod traffic;
 mod underlay;
 mod wall_clock;
+mod wire;
 
 pub use authority::Authority;
 pub use container::Container;
@@ -36,11 +39,14 @@ pub use derper::Derper;
 pub use gopher::Gopher;
 pub use headscale::Headscale;
 pub use host::Host;
+pub use name_server::NameServer;
 pub use namespace::Namespace;
 pub use program::eventually;
 pub use proxy::{Mischief, Proxy};
 pub use site::Site;
 pub use tailnet::Tailnet;
 pub use testcontrol::Testcontrol;
+pub use traffic::{Delivery, Flow, noise};
 pub use underlay::{Nat, Underlay};
 pub use wall_clock::WallClock;
+pub use wire::Wire;

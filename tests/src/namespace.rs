@@ -129,6 +129,13 @@ impl Namespace {
         self.netns.run(f).map_err(io::Error::other)?
     }
 
+    /// Gives `eth0` this address in place of those that it has, with this gateway.
+    pub fn move_to(&self, address: &str, gateway: &str) {
+        self.ip("address flush dev eth0 scope global");
+        self.ip(&format!("address add {address} dev eth0"));
+        self.ip(&format!("route add default via {gateway}"));
+    }
+
     /// Joins this namespace and `other` by a veth pair, `name` here and `other_name` there, both
     /// up, with these addresses.
     pub fn link(

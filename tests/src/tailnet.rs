@@ -4,7 +4,7 @@ use serde_json::Value;
 use tempfile::TempDir;
 
 use crate::{
-    Site, Underlay, eventually,
+    NameServer, Site, Underlay, eventually,
     program::{Process, program},
 };
 
@@ -118,6 +118,30 @@ impl Tailnet {
         self.control(&["policy", "set"], &[&file.to_string_lossy()]);
     }
 
+    /// Lets the node of this name route these subnets from now on, and no others. It must offer them.
+    pub fn set_routes(&self, name: &str, routes: &[&str]) {
+        let offered = || {
+            let node = self.node(name).unwrap_or_default();
+            let offered = node["routes"].as_array().into_iter().flatten();
+            let offered = offered.filter_map(|offer| offer["route"].as_str().map(str::to_owned));
+            (node["id"].to_string(), offered.collect::<Vec<_>>())
+        };
+        eventually("the routes are offered", Duration::from_secs(10), || {
+            let (_, offered) = offered();
+            routes
+                .iter()
+                .all(|route| offered.iter().any(|offer| offer == route))
+        });
+        let (id, offered) = offered();
+        let offered: Vec<_> = offered.iter().map(String::as_str).collect();
+        let revoked = [&[&*id][..], &offered].concat();
+        self.control(&["route", "revoke"], &revoked);
+        if !routes.is_empty() {
+            let approved = [&[&*id][..], routes].concat();
+            self.control(&["route", "approve"], &approved);
+        }
+    }
+
     fn control(&self, words: &[&str], flags: &[&str]) -> String {
         let output = Command::new(program("tailnode-control"))
             .args(words)
@@ -145,11 +169,14 @@ impl Tailnet {
 }
 
 fn spawn(underlay: &Underlay, port: u16, domain: &str, site: &Site, state: &TempDir) -> Process {
+    let (zone, office) = (NameServer::OFFICE_ZONE, NameServer::OFFICE);
     let mut command = underlay.router.command(program("tailnode-control"));
     command
         .args(["serve", "--url", &url(site, port), "--domain", domain])
         .args(["--listen", &format!("{}:{port}", Underlay::ROUTER)])
         .args(["--stun", &format!("{}:{}", Underlay::ROUTER, port + 1)])
+        .arg(format!("--record=wiki.{domain}={}", NameServer::WIKI))
+        .arg(format!("--split-dns={zone}={office}"))
         .arg("--state")
         .arg(state.path());
     if let Some((cert, key)) = &site.https {

@@ -8,7 +8,7 @@ use std::{
 use tempfile::TempDir;
 
 use crate::{
-    Authority, Derper, Site, Underlay, eventually,
+    Authority, Derper, NameServer, Site, Underlay, eventually,
     program::{Process, peer},
 };
 
@@ -41,10 +41,13 @@ impl Testcontrol {
         site.regions.push(relay.region(1, "test"));
         let map = directory.path().join("derp.json");
         fs::write(&map, site.derp_map().to_string()).expect("write the DERP map");
+        let (zone, office) = (NameServer::OFFICE_ZONE, NameServer::OFFICE);
         let mut server = underlay.router.command(peer("testcontrol"));
         server
             .arg(format!("-listen={}:{PORT}", Underlay::ROUTER))
             .arg(format!("-domain={domain}"))
+            .arg(format!("-record=wiki.{domain}={}", NameServer::WIKI))
+            .arg(format!("-split-dns={zone}={office}"))
             .arg("-derp-map")
             .arg(map);
         if site.by_login {

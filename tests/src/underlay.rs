@@ -4,7 +4,7 @@ use std::{
     net::{Ipv4Addr, TcpListener},
 };
 
-use crate::Namespace;
+use crate::{Namespace, Wire};
 
 /// The network below the tailnet: a router, and hosts that reach one another only through it.
 pub struct Underlay {
@@ -46,6 +46,26 @@ impl Underlay {
     /// A new host that has IPv6 as well, which the others of its kind reach.
     pub fn dual_host(&self) -> Namespace {
         let host = self.host();
+        self.add_ipv6(&host);
+        host
+    }
+
+    /// A new host at the end of a wire.
+    pub fn wired_host(&self, wire: Wire) -> Namespace {
+        let number = self.hosts.get() + 1;
+        self.hosts.set(number);
+        let (name, network) = (format!("host{number}"), format!("10.9.{number}"));
+        let host = Namespace::new();
+        wire.join(&self.router, &name, &host);
+        self.router
+            .ip(&format!("address add {network}.1/24 dev {name}"));
+        host.ip(&format!("address add {network}.2/24 dev eth0"));
+        host.ip(&format!("route add default via {network}.1"));
+        host
+    }
+
+    /// Gives the newest host IPv6 as well.
+    pub fn add_ipv6(&self, host: &Namespace) {
         let number = self.hosts.get();
         let (gateway, address) = (
             format!("2001:db8:{number}::1"),
@@ -56,7 +76,6 @@ impl Underlay {
             .ip(&format!("address add {gateway}/64 dev host{number} nodad"));
         host.ip(&format!("address add {address}/64 dev eth0 nodad"));
         host.ip(&format!("route add default via {gateway}"));
-        host
     }
 
     /// A new router with hosts of its own behind it, all of whom have its address outside.
@@ -78,6 +97,7 @@ impl Underlay {
         }
         Nat {
             router,
+            gateway: format!("10.9.{}.1", self.hosts.get()),
             hosts: Cell::new(0),
         }
     }
@@ -86,6 +106,17 @@ impl Underlay {
     pub fn silent_listener(&self, port: u16) -> io::Result<TcpListener> {
         self.router
             .run(|| TcpListener::bind((Underlay::ROUTER, port)))
+    }
+
+    /// Lets nobody hear from the router that an IPv4 packet is too big for it.
+    pub fn block_icmp(&self) {
+        for line in [
+            "add table ip silence",
+            "add chain ip silence output { type filter hook output priority 0 ; }",
+            "add rule ip silence output icmp type destination-unreachable drop",
+        ] {
+            self.router.sh(&format!("nft {line}"));
+        }
     }
 
     /// Lets nothing by TCP reach the servers on the router, nor anything leave them: they are away,
@@ -123,6 +154,16 @@ impl Underlay {
         self.router.sh("nft delete table ip servers");
     }
 
+    /// Makes an address of the router's vanish: nothing that is sent there is answered.
+    pub fn take_away(&self, address: Ipv4Addr) {
+        self.router.sh("nft add table ip gone");
+        self.router
+            .sh("nft add chain ip gone input { type filter hook input priority 0 ; }");
+        self.router.sh(&format!(
+            "nft add rule ip gone input ip daddr {address} drop"
+        ));
+    }
+
     /// Lets no UDP over IPv4 pass from host to host, so that relays are left, and IPv6.
     pub fn block_udp(&self) {
         self.router.sh("nft add table ip underlay");
@@ -141,10 +182,27 @@ impl Underlay {
 /// A router that hides the hosts behind it. Lives for as long as they are to be connected.
 pub struct Nat {
     router: Namespace,
+    gateway: String,
     hosts: Cell<u8>,
 }
 
 impl Nat {
+    /// Forgets all that it has mapped: what the hosts send from now on has other ports outside.
+    pub fn forget(&self) {
+        for line in [
+            "nft flush chain ip nat leaving",
+            // Above those that it has given so far: it keeps a host's own port where it can.
+            "nft add rule ip nat leaving oifname eth0 meta l4proto { tcp , udp } masquerade to :61000-65000",
+            // With the address of a masquerade go its mappings.
+            "ip link set eth0 down",
+            "ip link set eth0 up",
+        ] {
+            self.router.sh(line);
+        }
+        self.router
+            .ip(&format!("route add default via {}", self.gateway));
+    }
+
     /// A new host behind it, on a link of its own.
     pub fn host(&self) -> Namespace {
         let number = self.hosts.get() + 1;

@@ -220,6 +220,35 @@ fn same_bytes(from: &Container, to: &Container, address: IpAddr) {
     assert!(from.send((address, PORT).into(), &bytes).unwrap() == bytes);
 }
 
+#[test]
+#[ignore = "needs root and network namespaces; run by `sudo make test`"]
+fn a_subnet_is_reached_through_a_container_on_any_host() {
+    let scene = Scene::new(2);
+    scene.tailnet.set_policy(
+        r#"{ "acls": [{ "action": "accept", "src": ["*"], "dst": ["*:*"] }],
+             "autoApprovers": { "routes": { "10.77.0.0/24": ["user@demo.internal"] } } }"#,
+    );
+    let [gateway, lan, beside, far] = ["gateway", "lan", "beside", "far"].map(Container::new);
+    let link = ("10.77.0.1/24", "10.77.0.2/24");
+    gateway
+        .namespace
+        .link("lan0", link.0, &lan.namespace, "eth0", link.1);
+    let attach = |host: &Host, container, options| host.attach_to(container, "tailnet", options);
+    let offers = json!({ "advertise-routes": "10.77.0.0/24" });
+    attach(&scene.hosts[0], &gateway, offers).unwrap();
+    // A neighbour of the router has no tunnel to it, another host has.
+    let server = "10.77.0.2".parse().unwrap();
+    for (host, container, via) in [(0, &beside, "local"), (1, &far, "direct")] {
+        let host = &scene.hosts[host];
+        attach(host, container, json!({ "accept-routes": "true" })).unwrap();
+        reaches(container, server);
+        same_bytes(container, &lan, server);
+        eventually("the way is the best", START, || {
+            path(host, container, "gateway") == via
+        });
+    }
+}
+
 /// Whatever the kernel may hand over joined, the same bytes arrive.
 fn without_offload(offload: &'static str) {
     let underlay = Underlay::new();

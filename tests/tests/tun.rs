@@ -17,7 +17,7 @@ use std::{
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serde_json::Value;
 use tailnode_tests::{Namespace, eventually};
-use tailnode_tun::{Error, Interface, Netns};
+use tailnode_tun::{Error, Exit, Interface, Netns};
 
 /// A virtio_net_hdr that says nothing.
 const NO_OFFLOAD: [u8; 10] = [0; 10];
@@ -128,6 +128,8 @@ fn interface() -> Interface {
         mtu: 1280,
         index: 0,
         trap_dns: false,
+        exit: Exit::No,
+        forwards: false,
     }
 }
 
@@ -280,10 +282,12 @@ fn devices_that_arrive_at_once_get_names_of_their_own() {
 #[test]
 #[ignore = "needs root and network namespaces; run by `sudo make test`"]
 fn configuring_again_changes_nothing() {
-    for trap_dns in [false, true] {
+    for (trap_dns, exit) in [(false, Exit::No), (true, Exit::Everything)] {
         let scene = Scene::new();
         let interface = Interface {
             trap_dns,
+            exit,
+            forwards: trap_dns,
             ..interface()
         };
         scene.configure(&interface);
@@ -402,6 +406,90 @@ fn the_first_of_two_tailnets_wins_and_the_container_s_own_network_wins_over_both
     drop(scene.tun);
     gone(&scene.container, "tailscale0");
     assert_eq!(device("route get 100.64.0.9"), "tailscale1");
+}
+
+#[test]
+#[ignore = "needs root and network namespaces; run by `sudo make test`"]
+fn an_exit_takes_everything_and_after_it_nothing_leaves_until_the_device_is_released() {
+    for (exit, lan_stays) in [(Exit::Everything, false), (Exit::BesideLan, true)] {
+        let scene = Scene::new();
+        let lan = Namespace::new();
+        let container = &scene.container;
+        let before = scene.state();
+        container.link("eth0", "10.1.0.2/16", &lan, "lan", "10.1.0.1/16");
+        container.ip("address add 2001:db8::2/64 dev eth0 nodad");
+        container.ip("route add default via 10.1.0.1");
+        container.ip("route add default via 2001:db8::1");
+        // The other way in may be replaced by the one that is asked for.
+        for exit in [Exit::Everything, Exit::BesideLan, exit] {
+            scene.configure(&Interface {
+                exit,
+                ..interface()
+            });
+        }
+        let (_second, second) = attach(&scene.host, container, "tn2");
+        let other = Interface {
+            addresses: vec!["100.64.0.8/32".parse().unwrap()],
+            routes: vec!["100.64.0.77/32".parse().unwrap()],
+            index: 1,
+            ..interface()
+        };
+        tailnode_tun::configure(container.netns(), &second, &other).unwrap();
+        let way = |to: &str| {
+            let asked = container
+                .command("ip")
+                .args(["-json", "route", "get", to])
+                .output();
+            let text = String::from_utf8(asked.unwrap().stdout).unwrap();
+            let route: Value = serde_json::from_str(&text).unwrap_or_default();
+            route[0]["dev"].as_str().unwrap_or_default().to_owned()
+        };
+        let of_lan = if lan_stays { "eth0" } else { "tailscale0" };
+        assert_eq!([way("192.0.2.1"), way("2001:db8:1::1")], ["tailscale0"; 2]);
+        assert_eq!([way("10.1.0.9"), way("2001:db8::9")], [of_lan; 2]);
+        assert_eq!(way("100.64.0.9"), "tailscale0");
+        assert_eq!(way("100.64.0.77"), "tailscale1");
+
+        tailnode_tun::remove(container.netns(), "tailscale0").unwrap();
+        assert_eq!([way("192.0.2.1"), way("2001:db8:1::1")], [""; 2]);
+        for _ in 0..2 {
+            tailnode_tun::release(container.netns(), "tailscale0", 0).unwrap();
+        }
+        assert_eq!([way("192.0.2.1"), way("2001:db8:1::1")], ["eth0"; 2]);
+        container.ip("link delete eth0");
+        assert_eq!(scene.state()[3..], before[3..], "no rule is left");
+    }
+}
+
+#[test]
+#[ignore = "needs root and network namespaces; run by `sudo make test`"]
+fn forwarding_ends_with_the_last_device_that_wanted_it() {
+    let scene = Scene::new();
+    let (_second, second_name) = attach(&scene.host, &scene.container, "tn2");
+    let netns = scene.container.netns();
+    let switches = || {
+        let words = "sysctl -n net.ipv4.ip_forward net.ipv6.conf.all.forwarding";
+        scene.container.sh(words)
+    };
+    assert_eq!(switches(), "0\n0\n");
+    let forwarding = Interface {
+        forwards: true,
+        ..interface()
+    };
+    scene.configure(&forwarding);
+    let second = Interface {
+        index: 1,
+        ..forwarding.clone()
+    };
+    tailnode_tun::configure(netns, &second_name, &second).unwrap();
+    scene.configure(&forwarding);
+    assert_eq!(switches(), "1\n1\n");
+    tailnode_tun::release(netns, &scene.name, 0).unwrap();
+    assert_eq!(switches(), "1\n1\n");
+    for _ in 0..2 {
+        tailnode_tun::release(netns, &second_name, 1).unwrap();
+    }
+    assert_eq!(switches(), "0\n0\n");
 }
 
 /// A container as Docker makes it: a default route by eth0, strict about the way back.

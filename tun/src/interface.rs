@@ -13,11 +13,12 @@ use netlink_packet_route::{
     rule::{RuleAction, RuleAttribute, RuleMessage, RulePortRange},
 };
 use nix::net::if_::if_nametoindex;
+use serde::{Deserialize, Serialize};
 
-use crate::{Error, Netns, netlink::Netlink};
+use crate::{Error, Netns, masquerade, netlink::Netlink};
 
 /// How a device shall be set up inside its container.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Interface {
     /// The node's own addresses.
     pub addresses: Vec<IpNet>,
@@ -33,6 +34,23 @@ pub struct Interface {
     /// Docker's embedded resolver asks its servers from inside the container's namespace, and
     /// this is the way to see those queries.
     pub trap_dns: bool,
+    /// What else leaves by the device.
+    pub exit: Exit,
+    /// Whether the container forwards what comes in by the device, under its own addresses.
+    pub forwards: bool,
+}
+
+/// Whether a device is the container's way to everywhere.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Exit {
+    /// Only its routes lead to it.
+    #[default]
+    No,
+    /// To everywhere, the networks included that the container is on.
+    Everything,
+    /// To everywhere but those.
+    BesideLan,
 }
 
 /// Brings the device `name` in `netns` into the state that `interface` describes, and up.
@@ -42,6 +60,31 @@ pub struct Interface {
 /// and routes that a person added to this one, are left alone.
 pub fn configure(netns: &Netns, name: &str, interface: &Interface) -> Result<(), Error> {
     netns.run(|| Device::open(name)?.configure(interface))?
+}
+
+/// Takes back what the device `name`, the container's tailnet device of number `index`, would leave
+/// behind when it is gone while the container lives on: rules, forwarding, and the refusal to let
+/// anything out by another way than its exit. Idempotent; the device may be gone.
+pub fn release(netns: &Netns, name: &str, index: u32) -> Result<(), Error> {
+    netns.run(|| {
+        let refused = |change: &str, cause| Error::Refused {
+            change: change.into(),
+            device: name.into(),
+            cause,
+        };
+        let netlink = Netlink::open().map_err(|cause| refused("open a netlink socket", cause))?;
+        // Routes of a device that is not there go with it.
+        let mut device = Device {
+            name,
+            index: 0,
+            netlink,
+        };
+        for family in [AddressFamily::Inet, AddressFamily::Inet6] {
+            device.set_dns_rules(family, index, false)?;
+            device.set_exit(family, index, Exit::No)?;
+        }
+        masquerade::end(name).map_err(|cause| refused("end forwarding", cause))
+    })?
 }
 
 /// Marks routes and rules as ours (rtm_protocol). Numbers above 4 are free to use, those in
@@ -57,6 +100,18 @@ const DNS_TABLE: u32 = 5300;
 /// The first of the preferences of the rules that trap DNS, three a device. They come after the
 /// table of local addresses (0) and before the main one (32766).
 const DNS_RULES: u32 = 5300;
+
+/// The table with an exit's default route, of tailscale0; those of the others follow.
+const EXIT_TABLE: u32 = 5200;
+/// The first of the preferences of the rules that lead to an exit, three a device. They come before
+/// those that trap DNS: an exit takes the queries too.
+const EXIT_RULES: u32 = 5200;
+/// The group (IFLA_GROUP) of tailnet devices, by which the networks of a tailnet are told from those
+/// of the devices that nobody gave a group.
+const GROUP: u32 = 84;
+const NO_GROUP: u32 = 0;
+/// Of the route that refuses what an exit cannot take: any device's route comes before it.
+const REFUSAL_METRIC: u32 = 1 << 30;
 
 /// A device in the calling thread's namespace.
 struct Device<'a> {
@@ -90,7 +145,8 @@ impl Device<'_> {
 
     fn configure(&mut self, interface: &Interface) -> Result<(), Error> {
         let mut addresses = interface.addresses.clone();
-        if addresses.iter().any(is_ipv6) && !Path::new("/proc/sys/net/ipv6").exists() {
+        let has_ipv6 = Path::new("/proc/sys/net/ipv6").exists();
+        if addresses.iter().any(is_ipv6) && !has_ipv6 {
             tracing::warn!(
                 device = self.name,
                 "this kernel has no IPv6: set up with IPv4 only"
@@ -120,6 +176,16 @@ impl Device<'_> {
                 .iter()
                 .any(|address| family_of(address.addr()) == family);
             self.set_dns_rules(family, interface.index, interface.trap_dns && has_address)?;
+            // Of a family in which the tailnet has no address, too: it must not leave elsewhere.
+            if family == AddressFamily::Inet || has_ipv6 {
+                self.set_exit(family, interface.index, interface.exit)?;
+            }
+        }
+        if interface.forwards {
+            masquerade::begin(self.name).map_err(|cause| {
+                let change = "make the container forward (it takes nf_tables, Linux 5.7 or later)";
+                self.refused(change.into(), cause)
+            })?;
         }
         Ok(())
     }
@@ -130,6 +196,7 @@ impl Device<'_> {
         message.header.flags = LinkFlags::Up;
         message.header.change_mask = LinkFlags::Up;
         message.attributes.push(LinkAttribute::Mtu(mtu));
+        message.attributes.push(LinkAttribute::Group(GROUP));
         self.netlink
             .change(RouteNetlinkMessage::SetLink(message), 0)
             .map_err(|cause| self.refused(format!("set the MTU {mtu} and bring it up"), cause))
@@ -220,27 +287,31 @@ impl Device<'_> {
         trap: bool,
     ) -> Result<(), Error> {
         for rule in dns_rules(family, index) {
-            let result = if trap {
-                self.netlink.change(
-                    RouteNetlinkMessage::NewRule(rule),
-                    NLM_F_CREATE | NLM_F_EXCL,
-                )
-            } else {
-                self.netlink.change(RouteNetlinkMessage::DelRule(rule), 0)
-            };
-            let done_before: &[i32] = match trap {
-                true => &[libc::EEXIST],
-                // A kernel without the family, or without rules, has none to remove either.
-                false => &[libc::ENOENT, libc::EAFNOSUPPORT, libc::EOPNOTSUPP],
-            };
-            match result {
-                Err(cause)
-                    if cause
-                        .raw_os_error()
-                        .is_some_and(|e| done_before.contains(&e)) => {}
-                result => result.map_err(|cause| {
-                    self.refused("set the rule that catches DNS queries".into(), cause)
-                })?,
+            set_rule(&mut self.netlink, rule, trap).map_err(|cause| {
+                self.refused("set the rule that catches DNS queries".into(), cause)
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Leads everything to the device, or nothing more. What it cannot take, because it is gone or
+    /// has no address of the family, is refused: nothing leaves by another way.
+    fn set_exit(&mut self, family: AddressFamily, index: u32, exit: Exit) -> Result<(), Error> {
+        let refused = |cause| Error::Refused {
+            change: "lead everything to the exit node".into(),
+            device: self.name.into(),
+            cause,
+        };
+        let wanted = exit_rules(family, index, exit);
+        set_refusal(&mut self.netlink, family, index, exit != Exit::No).map_err(refused)?;
+        for rule in &wanted {
+            set_rule(&mut self.netlink, rule.clone(), true).map_err(refused)?;
+        }
+        for other in [Exit::Everything, Exit::BesideLan] {
+            for rule in exit_rules(family, index, other) {
+                if !wanted.contains(&rule) {
+                    set_rule(&mut self.netlink, rule, false).map_err(refused)?;
+                }
             }
         }
         Ok(())
@@ -265,6 +336,69 @@ impl Device<'_> {
     }
 }
 
+/// Adds or removes a rule; one that is so already is right.
+fn set_rule(netlink: &mut Netlink, rule: RuleMessage, wanted: bool) -> io::Result<()> {
+    if wanted {
+        let rule = RouteNetlinkMessage::NewRule(rule);
+        done(netlink.change(rule, NLM_F_CREATE | NLM_F_EXCL), wanted)
+    } else {
+        done(
+            netlink.change(RouteNetlinkMessage::DelRule(rule), 0),
+            wanted,
+        )
+    }
+}
+
+/// Adds or removes the route that refuses what an exit cannot take.
+fn set_refusal(
+    netlink: &mut Netlink,
+    family: AddressFamily,
+    index: u32,
+    wanted: bool,
+) -> io::Result<()> {
+    let mut message = RouteMessage::default();
+    message.header.address_family = family;
+    message.header.protocol = PROTOCOL;
+    message.header.kind = RouteType::Unreachable;
+    message.attributes = vec![
+        RouteAttribute::Table(EXIT_TABLE + index),
+        RouteAttribute::Priority(REFUSAL_METRIC),
+    ];
+    if wanted {
+        let route = RouteNetlinkMessage::NewRoute(message);
+        done(netlink.change(route, NLM_F_CREATE | NLM_F_EXCL), wanted)
+    } else {
+        done(
+            netlink.change(RouteNetlinkMessage::DelRoute(message), 0),
+            wanted,
+        )
+    }
+}
+
+/// What was so before is no failure; and a kernel without the family, or without rules, has none to
+/// remove.
+fn done(result: io::Result<()>, wanted: bool) -> io::Result<()> {
+    let done_before: &[i32] = match wanted {
+        true => &[libc::EEXIST],
+        false => &[
+            libc::ENOENT,
+            libc::ESRCH,
+            libc::EAFNOSUPPORT,
+            libc::EOPNOTSUPP,
+        ],
+    };
+    match result {
+        Err(cause)
+            if cause
+                .raw_os_error()
+                .is_some_and(|e| done_before.contains(&e)) =>
+        {
+            Ok(())
+        }
+        result => result,
+    }
+}
+
 /// All the routes that a device needs.
 fn routes(interface: &Interface, addresses: &[IpNet]) -> Vec<Route> {
     let index = interface.index;
@@ -283,15 +417,21 @@ fn routes(interface: &Interface, addresses: &[IpNet]) -> Vec<Route> {
             table: RouteHeader::RT_TABLE_MAIN.into(),
         })
     });
-    let dns = [false, true].into_iter().filter_map(|ipv6| {
+    let tables = [
+        (DNS_TABLE, interface.trap_dns),
+        (EXIT_TABLE, interface.exit != Exit::No),
+    ];
+    let defaults = tables.into_iter().filter(|(_, wanted)| *wanted);
+    let defaults = defaults.flat_map(|(table, _)| [(table, false), (table, true)]);
+    let defaults = defaults.filter_map(|(table, ipv6)| {
         Some(Route {
             destination: everywhere(ipv6),
             source: source(ipv6)?,
             metric: if ipv6 { IPV6_METRIC } else { 0 },
-            table: DNS_TABLE + index,
+            table: table + index,
         })
     });
-    main.chain(dns.filter(|_| interface.trap_dns)).collect()
+    main.chain(defaults).collect()
 }
 
 impl Route {
@@ -357,33 +497,62 @@ impl Route {
 /// The rules that send DNS queries to the device's own table, unless the main table has a better
 /// way to the server than its default route.
 fn dns_rules(family: AddressFamily, index: u32) -> [RuleMessage; 3] {
-    let rule = |position: u32, table: u32, selector: &[RuleAttribute]| {
-        let mut message = RuleMessage::default();
-        message.header.family = family;
-        message.header.action = RuleAction::ToTable;
-        message.attributes = vec![
-            RuleAttribute::Priority(DNS_RULES + 3 * index + position),
-            RuleAttribute::Table(table),
-            RuleAttribute::Protocol(PROTOCOL),
-        ];
-        message.attributes.extend_from_slice(selector);
-        message
-    };
+    let at = |position| DNS_RULES + 3 * index + position;
     let to_port_53 = |protocol| {
         [
             RuleAttribute::IpProtocol(protocol),
             RuleAttribute::DestinationPortRange(RulePortRange { start: 53, end: 53 }),
         ]
     };
+    let (table, but_default) = (DNS_TABLE + index, [RuleAttribute::SuppressPrefixLen(0)]);
     [
         rule(
-            0,
+            family,
+            at(0),
             RouteHeader::RT_TABLE_MAIN.into(),
-            &[RuleAttribute::SuppressPrefixLen(0)],
+            &but_default,
         ),
-        rule(1, DNS_TABLE + index, &to_port_53(IpProtocol::Udp)),
-        rule(2, DNS_TABLE + index, &to_port_53(IpProtocol::Tcp)),
+        rule(family, at(1), table, &to_port_53(IpProtocol::Udp)),
+        rule(family, at(2), table, &to_port_53(IpProtocol::Tcp)),
     ]
+}
+
+/// The rules that send everything to the device's exit, but for what the main table has a better way
+/// to than its default route: by a tailnet device, or where that is allowed by any.
+fn exit_rules(family: AddressFamily, index: u32, exit: Exit) -> Vec<RuleMessage> {
+    let at = |position| EXIT_RULES + 3 * index + position;
+    let but_default = RuleAttribute::SuppressPrefixLen(0);
+    // A rule is removed by its preference, so the two have different ones.
+    let (first, better): (_, &[_]) = match exit {
+        Exit::No => return Vec::new(),
+        Exit::Everything => (
+            at(0),
+            &[but_default, RuleAttribute::SuppressIfGroup(NO_GROUP)],
+        ),
+        Exit::BesideLan => (at(1), &[but_default]),
+    };
+    vec![
+        rule(family, first, RouteHeader::RT_TABLE_MAIN.into(), better),
+        rule(family, at(2), EXIT_TABLE + index, &[]),
+    ]
+}
+
+fn rule(
+    family: AddressFamily,
+    preference: u32,
+    table: u32,
+    selector: &[RuleAttribute],
+) -> RuleMessage {
+    let mut message = RuleMessage::default();
+    message.header.family = family;
+    message.header.action = RuleAction::ToTable;
+    message.attributes = vec![
+        RuleAttribute::Priority(preference),
+        RuleAttribute::Table(table),
+        RuleAttribute::Protocol(PROTOCOL),
+    ];
+    message.attributes.extend_from_slice(selector);
+    message
 }
 
 fn address_message(device: u32, address: &IpNet) -> AddressMessage {
@@ -455,6 +624,8 @@ mod tests {
             mtu: 1280,
             index,
             trap_dns,
+            exit: Exit::No,
+            forwards: false,
         }
     }
 
@@ -499,11 +670,27 @@ mod tests {
     }
 
     #[test]
+    fn an_exit_is_a_default_route_of_its_own_for_each_address() {
+        let interface = Interface {
+            exit: Exit::BesideLan,
+            ..interface(&["100.64.0.1/32"], &[], 1, false)
+        };
+        let routes: Vec<_> = routes(&interface, &interface.addresses)
+            .into_iter()
+            .map(|route| (route.destination.to_string(), route.table))
+            .collect();
+        assert_eq!(routes, [("0.0.0.0/0".into(), EXIT_TABLE + 1)]);
+    }
+
+    #[test]
     fn two_devices_share_no_rule_and_no_table() {
         let keys = |index| {
-            dns_rules(AddressFamily::Inet, index)
+            let family = AddressFamily::Inet;
+            let exit = exit_rules(family, index, Exit::Everything);
+            let rules = dns_rules(family, index).into_iter().chain(exit);
+            rules
                 .map(|rule| rule.attributes[0].clone())
-                .to_vec()
+                .collect::<Vec<_>>()
         };
         assert!(keys(0).iter().all(|key| !keys(1).contains(key)));
     }

@@ -92,7 +92,7 @@ impl Netlink {
 
 /// Cuts what one read returned into its messages: each begins with its length, 4 bytes in the
 /// machine's order, and at a multiple of 4 bytes.
-fn messages(mut bytes: &[u8]) -> impl Iterator<Item = &[u8]> {
+pub(crate) fn messages(mut bytes: &[u8]) -> impl Iterator<Item = &[u8]> {
     std::iter::from_fn(move || {
         let length = u32::from_ne_bytes(*bytes.first_chunk()?) as usize;
         let message = bytes.get(..length).filter(|message| message.len() >= 16)?;

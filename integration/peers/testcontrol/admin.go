@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"net/http"
+	"net/netip"
 	"strconv"
 	"strings"
 	"sync/atomic"
@@ -43,6 +44,25 @@ func administered(server *testcontrol.Server) http.Handler {
 	change("/admin/rename", func(node *tailcfg.Node, r *http.Request) {
 		_, domain, _ := strings.Cut(node.Name, ".")
 		node.Name = r.FormValue("name") + "." + domain
+	})
+
+	// From then on a node routes these (?routes=, parted by commas) and nothing else.
+	mux.HandleFunc("POST /admin/routes", func(w http.ResponseWriter, r *http.Request) {
+		var routes []netip.Prefix
+		for text := range strings.SplitSeq(r.FormValue("routes"), ",") {
+			if text == "" {
+				continue
+			}
+			route, err := netip.ParsePrefix(text)
+			if err != nil {
+				http.Error(w, err.Error(), http.StatusBadRequest)
+				return
+			}
+			routes = append(routes, route)
+		}
+		for _, node := range named(server, r) {
+			server.SetSubnetRoutes(node.Key, routes)
+		}
 	})
 
 	// Marks a node as one that tailnet lock does not cover.

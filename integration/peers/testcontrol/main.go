@@ -23,7 +23,11 @@ func main() {
 	domain := flag.String("domain", "", "suffix of all names")
 	authKey := flag.String("auth-key", "", "what nodes must know to join")
 	byLogin := flag.Bool("by-login", false, "nodes join when somebody opens their login page")
+	record := flag.String("record", "", "NAME=IP that is no node's")
+	splitDNS := flag.String("split-dns", "", "ZONE=IP of the DNS server to ask for its names")
 	flag.Parse()
+	name, address, _ := strings.Cut(*record, "=")
+	zone, resolver, _ := strings.Cut(*splitDNS, "=")
 
 	text, err := os.ReadFile(*derpMap)
 	if err != nil {
@@ -48,9 +52,10 @@ func main() {
 			tailcfg.CapabilityTailnetLock: nil,
 		},
 		DNSConfig: &tailcfg.DNSConfig{
-			Proxied: true,
-			Domains: []string{*domain},
-			Routes:  map[string][]*dnstype.Resolver{*domain: nil},
+			Proxied:      true,
+			Domains:      []string{*domain},
+			Routes:       map[string][]*dnstype.Resolver{*domain: nil, zone: {{Addr: resolver}}},
+			ExtraRecords: []tailcfg.DNSRecord{{Name: name, Value: address}},
 		},
 		DERPMap: &relays,
 	}

@@ -56,7 +56,7 @@ pub enum Answer {
 pub enum Way {
     /// From the host.
     Host(SocketAddr),
-    /// Through the tailnet: it is a peer.
+    /// Through the tailnet: it is a peer, or behind one.
     Peer {
         /// The server.
         server: SocketAddr,
@@ -81,9 +81,10 @@ impl Zone {
     /// Replaces everything by what the netmap says.
     pub fn set<'a>(&self, me: &Node, peers: impl IntoIterator<Item = &'a Node>, dns: &DnsConfig) {
         let mut names = self.write();
-        let unsupported = std::mem::take(&mut names.unsupported);
+        let old = std::mem::take(&mut *names);
         *names = Names {
-            unsupported,
+            unsupported: old.unsupported,
+            routed: old.routed,
             ..Names::default()
         };
         names.me = me.addresses.iter().map(IpNet::addr).collect();
@@ -134,11 +135,17 @@ impl Zone {
         if names.me.contains(&server.ip()) {
             return None;
         }
-        if !names.by_address.contains_key(&server.ip()) {
+        let routed = |net: &IpNet| net.contains(&server.ip());
+        if !names.by_address.contains_key(&server.ip()) && !names.routed.iter().any(routed) {
             return Some(Way::Host(server));
         }
         let us = names.us(server.ip())?;
         Some(Way::Peer { server, us })
+    }
+
+    /// Names the networks that are reached through peers.
+    pub fn set_routed(&self, networks: &[IpNet]) {
+        self.write().routed = networks.into();
     }
 
     fn read(&self) -> RwLockReadGuard<'_, Names> {
@@ -157,6 +164,8 @@ struct Names {
     suffix: String,
     /// The node's own addresses.
     me: Box<[IpAddr]>,
+    /// Networks that are reached through peers.
+    routed: Box<[IpNet]>,
     nodes: HashMap<NodeId, Host>,
     by_name: HashMap<Arc<str>, NodeId>,
     by_address: HashMap<IpAddr, NodeId>,
@@ -593,6 +602,8 @@ pub(crate) mod tests {
             Some(Way::Host("9.9.9.9:53".parse().unwrap()))
         );
         assert_eq!(way("100.64.0.1:53"), None);
+        zone.set_routed(&["9.9.9.0/24".parse().unwrap()]);
+        assert_eq!(way("9.9.9.9:53"), peer("9.9.9.9:53", "100.64.0.1"));
     }
 
     #[test]

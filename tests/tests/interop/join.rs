@@ -110,7 +110,10 @@ fn login(server: Server) {
         .unwrap_or_else(|| panic!("no page in: {error}"));
     let status = host.status_of(&container).unwrap_or_default();
     let login = &status["node"]["login"];
-    assert_eq!(*login, json!({ "state": "needs-login", "url": page }));
+    assert_eq!(
+        (&login["state"], &login["url"]),
+        (&json!("needs-login"), &json!(page))
+    );
     assert!(host.status_text().contains(&format!("log in: open {page}")));
     assert!(host.log().contains(page), "the log does not tell {page}");
     scene.approve(page);

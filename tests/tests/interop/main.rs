@@ -9,6 +9,7 @@
     reason = "a case reports by panicking, and not only in its own body"
 )]
 
+mod bytes;
 mod direct;
 mod join;
 mod life;
@@ -16,20 +17,26 @@ mod lock;
 mod names;
 mod policy;
 mod relay;
+mod routes;
 mod scene;
 mod wire;
 
 use std::{
     any::Any,
+    collections::BTreeMap,
     env, fs,
     process::ExitCode,
+    sync::{
+        Mutex,
+        atomic::{AtomicUsize, Ordering},
+    },
     thread,
     time::{Duration, Instant},
 };
 
 use serde_json::{Value, json};
 
-use self::scene::Case;
+use self::scene::{Case, Server};
 
 /// All cases, a file a group.
 const GROUPS: &[&[Case]] = &[
@@ -39,51 +46,62 @@ const GROUPS: &[&[Case]] = &[
     wire::CASES,
     names::CASES,
     policy::CASES,
+    routes::CASES,
+    bytes::CASES,
     life::CASES,
     lock::CASES,
 ];
 
 /// Cases that would begin later than this do not, and have failed.
-const LIMIT: Duration = Duration::from_secs(15 * 60);
+const LIMIT: Duration = Duration::from_secs(30 * 60);
+/// Cases that run at once: each waits for most of its time.
+const JOBS: usize = 3;
+
+/// A case under one server.
+struct Run {
+    name: String,
+    server: Server,
+    case: fn(Server),
+}
 
 fn main() -> ExitCode {
     let chosen: Vec<String> = env::args().skip(1).collect();
-    let began = Instant::now();
-    let mut results = Vec::new();
-    for &(name, servers, case) in GROUPS.iter().copied().flatten() {
-        for &server in servers {
-            let name = format!("{name}/{server}");
-            if !chosen.is_empty() && !chosen.iter().any(|prefix| name.starts_with(prefix)) {
-                continue;
-            }
-            let started = Instant::now();
-            let outcome = if began.elapsed() < LIMIT {
-                eprintln!("=== {name}");
-                // A thread's end is the end of all that it started.
-                let run = thread::spawn(move || case(server));
-                run.join().map_err(|panic| words(&*panic))
-            } else {
-                Err("not begun: the time was up".to_owned())
-            };
-            let ok = outcome.is_ok();
-            let took = format!("{:.1} s", started.elapsed().as_secs_f32());
-            let detail = outcome.err().unwrap_or(took);
-            println!("{} {name}: {detail}", if ok { "ok    " } else { "FAILED" });
-            results.push(json!({ "case": name, "ok": ok, "detail": detail }));
-        }
-    }
-    let unknown = |prefix: &&String| {
-        let mut results = results.iter();
-        !results.any(|result| {
-            result["case"]
-                .as_str()
-                .is_some_and(|name| name.starts_with(*prefix))
+    let all = GROUPS.iter().copied().flatten();
+    let mut runs: Vec<Run> = all
+        .flat_map(|&(name, servers, case)| {
+            servers.iter().map(move |&server| Run {
+                name: format!("{name}/{server}"),
+                server,
+                case,
+            })
         })
-    };
+        .collect();
+    let unknown = |prefix: &&String| runs.iter().all(|run| !run.name.starts_with(*prefix));
     if let Some(prefix) = chosen.iter().find(unknown) {
         println!("no case begins with {prefix}");
         return ExitCode::FAILURE;
     }
+    let is_chosen = |run: &Run| chosen.iter().any(|prefix| run.name.starts_with(prefix));
+    runs.retain(|run| chosen.is_empty() || is_chosen(run));
+
+    let began = Instant::now();
+    let next = AtomicUsize::new(0);
+    let results = Mutex::new(BTreeMap::new());
+    thread::scope(|scope| {
+        for _ in 0..JOBS {
+            scope.spawn(|| {
+                loop {
+                    let number = next.fetch_add(1, Ordering::Relaxed);
+                    let Some(run) = runs.get(number) else {
+                        return;
+                    };
+                    let result = run.result(began);
+                    results.lock().unwrap().insert(number, result);
+                }
+            });
+        }
+    });
+    let results: Vec<Value> = results.into_inner().unwrap().into_values().collect();
     let failed = results
         .iter()
         .filter(|result| result["ok"] == false)
@@ -95,6 +113,32 @@ fn main() -> ExitCode {
         ExitCode::SUCCESS
     } else {
         ExitCode::FAILURE
+    }
+}
+
+impl Run {
+    /// Runs it, prints its line, and returns that as JSON.
+    fn result(&self, began: Instant) -> Value {
+        let &Run {
+            ref name,
+            server,
+            case,
+        } = self;
+        let started = Instant::now();
+        let outcome = if began.elapsed() < LIMIT {
+            eprintln!("=== {name}");
+            // A thread's end is the end of all that it started.
+            let thread = thread::Builder::new().name(name.clone());
+            let thread = thread.spawn(move || case(server)).unwrap();
+            thread.join().map_err(|panic| words(&*panic))
+        } else {
+            Err("not begun: the time was up".to_owned())
+        };
+        let ok = outcome.is_ok();
+        let took = format!("{:.1} s", started.elapsed().as_secs_f32());
+        let detail = outcome.err().unwrap_or(took);
+        println!("{} {name}: {detail}", if ok { "ok    " } else { "FAILED" });
+        json!({ "case": name, "ok": ok, "detail": detail })
     }
 }
 

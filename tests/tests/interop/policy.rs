@@ -1,5 +1,6 @@
-use std::net::IpAddr;
-use std::net::TcpListener;
+use std::net::{IpAddr, TcpListener};
+
+use serde_json::json;
 
 use crate::scene::*;
 
@@ -7,6 +8,9 @@ pub const CASES: &[Case] = &[
     ("policy.default-deny", WITH_POLICY, default_deny),
     ("policy.one-way", WITH_POLICY, one_way),
     ("policy.port", WITH_POLICY, port),
+    ("policy.icmp", WITH_POLICY, icmp),
+    ("policy.tags", WITH_POLICY, tags),
+    ("policy.changed", WITH_POLICY, changed),
 ];
 
 fn default_deny(server: Server) {
@@ -59,3 +63,99 @@ fn port(server: Server) {
         within(5, "the allowed port is open", || opens(from, address, one));
     }
 }
+
+/// A rule for ICMP lets pings in, and nothing else. One for a port lets pings in as well: so does
+/// Go's filter (wgengine/filter, matchIPsOnly), and ours.
+fn icmp(server: Server) {
+    const PORT: u16 = 8001;
+    let scene = Scene::new(server);
+    let (web, gopher) = scene.pair(scene.host(), scene.host());
+    let sides: [(&Namespace, &Namespace, IpAddr); 2] = [
+        (&gopher, &web, web.addresses[0]),
+        (&web, &gopher, gopher.addresses[0]),
+    ];
+    for (from, to, address) in sides {
+        let _listening = to.run(|| TcpListener::bind(("::", PORT))).unwrap();
+        let rule = |proto, ports| {
+            let dst = [format!("{address}:{ports}")];
+            let rule = json!({ "action": "accept", "src": ["*"], "proto": proto, "dst": dst });
+            scene.enforce(&json!({ "acls": [rule] }));
+        };
+        rule("icmp", "*".to_owned());
+        within(5, "TCP is shut", || !opens(from, address, PORT));
+        within(5, "a ping passes", || passes(from, address));
+        assert!(!opens(from, address, PORT), "{address} took a connection");
+        rule("tcp", PORT.to_string());
+        within(5, "TCP is open", || opens(from, address, PORT));
+        assert!(passes(from, address), "{address} took no ping");
+        scene.set_policy(&[]);
+        within(5, "no ping passes", || !passes(from, address));
+    }
+}
+
+/// `tag:web` may reach `tag:db` at one port; nobody else may, and not the other way.
+fn tags(server: Server) {
+    const PORT: u16 = 5432;
+    const OTHER: u16 = 5433;
+    for ours_is_web in [true, false] {
+        let scene = Scene::new(server);
+        scene.enforce(&json!({
+            "tagOwners": { "tag:web": ["user@"], "tag:db": ["user@"] },
+            "acls": [{
+                "action": "accept", "src": ["tag:web"], "dst": [format!("tag:db:{PORT}")],
+            }],
+        }));
+        let key = |tag| scene.key(&scene.tag_flags(tag));
+        let (web, db) = ("tag:web", "tag:db");
+        let [our_tag, their_tag] = if ours_is_web { [web, db] } else { [db, web] };
+        let ours = scene.ours("ours", &key(our_tag), scene.host());
+        let theirs = scene.gopher("theirs", &key(their_tag), scene.host());
+        let stranger = scene.gopher("stranger", &scene.key(&[]), scene.host());
+        let (ours, theirs): (Side, Side) =
+            ((&ours, ours.addresses[0]), (&theirs, theirs.addresses[0]));
+        let [web, db] = if ours_is_web {
+            [ours, theirs]
+        } else {
+            [theirs, ours]
+        };
+        let listen = |at: &Namespace, port| at.run(|| TcpListener::bind(("::", port))).unwrap();
+        let _listening = [listen(db.0, PORT), listen(db.0, OTHER), listen(web.0, PORT)];
+        within(10, "web reaches db", || opens(web.0, db.1, PORT));
+        assert!(!opens(web.0, db.1, OTHER), "web reached another port");
+        assert!(!opens(db.0, web.1, PORT), "db reached web");
+        assert!(!opens(&stranger, db.1, PORT), "a stranger reached db");
+    }
+}
+
+/// A rule that is taken away ends what runs by it, and a rule that stays lets it run on.
+fn changed(server: Server) {
+    const KEPT: u16 = 8000;
+    const GONE: u16 = 8001;
+    let scene = Scene::new(server);
+    let (web, gopher) = scene.pair(scene.host(), scene.host());
+    let ways: [(&Namespace, &Namespace, IpAddr); 2] = [
+        (&gopher, &web, web.addresses[0]),
+        (&web, &gopher, gopher.addresses[0]),
+    ];
+    for (from, to, address) in ways {
+        let rule = |port| ("*".to_owned(), format!("{address}:{port}"));
+        scene.set_policy(&[rule(KEPT), rule(GONE)]);
+        within(5, "the way is open", || passes(from, address));
+        let kept = flow(from, to, address, KEPT);
+        let gone = flow(from, to, address, GONE);
+        scene.set_policy(&[rule(KEPT)]);
+        if address == web.addresses[0] {
+            stops(&gone, 5);
+        } else {
+            // Go's filter asks no rule for TCP packets without SYN. New connections it refuses.
+            let _listening = to.run(|| TcpListener::bind(("::", GONE)));
+            within(5, "the port is shut", || !opens(from, address, GONE));
+        }
+        flows(&kept, 5);
+        scene.set_policy(&[]);
+        stops(&kept, 5);
+        stops(&gone, 5);
+    }
+}
+
+type Side<'a> = (&'a Namespace, IpAddr);

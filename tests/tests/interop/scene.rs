@@ -5,6 +5,7 @@ use std::{
     io::{Read, Write},
     net::{IpAddr, Ipv4Addr, TcpStream, UdpSocket},
     ops::Deref,
+    thread,
     time::Duration,
 };
 
@@ -12,7 +13,8 @@ use serde_json::{Value, json};
 use tailnode_tests::{Authority, Derper, Headscale, Site, Tailnet, Testcontrol, eventually};
 
 pub use tailnode_tests::{
-    Container, Crowd, Gopher, Host, Mischief, Namespace, Proxy, Underlay, WallClock,
+    Container, Crowd, Delivery, Flow, Gopher, Host, Mischief, NameServer, Namespace, Proxy,
+    Underlay, WallClock, Wire, noise,
 };
 
 /// A case with the servers that it is true under.
@@ -181,11 +183,37 @@ impl Scene {
         let rules = allowed
             .iter()
             .map(|(src, dst)| json!({ "action": "accept", "src": [src], "dst": [dst] }));
-        let policy = json!({ "acls": rules.collect::<Vec<_>>() }).to_string();
+        self.enforce(&json!({ "acls": rules.collect::<Vec<_>>() }));
+    }
+
+    /// Replaces the policy by this one, a file of Tailscale's form.
+    pub fn enforce(&self, policy: &Value) {
+        let policy = policy.to_string();
         match &self.control {
             Control::Ours(server) => server.set_policy(&policy),
             Control::Headscale(server) => server.set_policy(&policy),
             Control::Testcontrol(_) => panic!("testcontrol has no policy"),
+        }
+    }
+
+    /// The same in the server's own words.
+    pub fn set_whole_policy(&self, policy: &serde_json::Value) {
+        match &self.control {
+            Control::Ours(server) => server.set_policy(&policy.to_string()),
+            Control::Headscale(server) => server.set_policy(&policy.to_string()),
+            Control::Testcontrol(_) => panic!("testcontrol has no policy"),
+        }
+    }
+
+    /// Lets a node route these of the subnets that it offers, and no others.
+    pub fn set_routes(&self, node: &str, routes: &[&str]) {
+        match &self.control {
+            Control::Ours(server) => server.set_routes(node, routes),
+            Control::Headscale(server) => server.set_routes(node, routes),
+            Control::Testcontrol(_) => {
+                let routes = routes.join(",");
+                self.administer(&format!("routes?node={node}&routes={routes}"), "");
+            }
         }
     }
 
@@ -319,7 +347,16 @@ impl Ours {
     }
 
     pub fn attach(host: Host, container: Container) -> Result<Ours, String> {
-        let answer = host.attach(&container)?;
+        Ours::attach_with(host, container, json!({}))
+    }
+
+    /// The same on a network with options.
+    pub fn attach_with(
+        host: Host,
+        container: Container,
+        options: serde_json::Value,
+    ) -> Result<Ours, String> {
+        let answer = host.attach_to(&container, "tailnet", options)?;
         let subnets = answer["interfaces"]["tailscale0"]["subnets"].as_array();
         let addresses = subnets.into_iter().flatten().map(|subnet| {
             let net: ipnet::IpNet = subnet["ipnet"].as_str().unwrap().parse().unwrap();
@@ -476,12 +513,36 @@ pub fn same_bytes(web: &Ours, gopher: &Gopher, count: u32) {
 
 pub fn exchange(from: &Namespace, to: &Namespace, address: IpAddr, count: u32) {
     const PORT: u16 = 8000;
-    let bytes: Vec<u8> = (0..count).map(|number| (number % 251) as u8).collect();
+    let bytes = noise(1, count as usize);
     to.echo(PORT).unwrap();
     let answer = from
         .send((address, PORT).into(), &bytes)
         .unwrap_or_else(|error| panic!("{count} bytes to {address}: {error}"));
     assert!(answer == bytes, "{address} returned other bytes");
+}
+
+/// A stream from here to there and back that lasts until it is dropped; it has begun to flow.
+pub fn flow(from: &Namespace, to: &Namespace, address: IpAddr, port: u16) -> Flow {
+    to.echo(port).unwrap();
+    let flow = from.flow((address, port).into()).unwrap();
+    flows(&flow, 10);
+    flow
+}
+
+/// More bytes of the stream return within so many seconds.
+pub fn flows(flow: &Flow, seconds: u64) {
+    // More than what may be under way already.
+    let enough = flow.returned() + 1_000_000;
+    within(seconds, "bytes flow", || flow.returned() > enough);
+}
+
+/// No bytes of the stream return any more, within so many seconds.
+pub fn stops(flow: &Flow, seconds: u64) {
+    within(seconds, "no bytes flow", || {
+        let before = flow.returned();
+        thread::sleep(Duration::from_secs(1));
+        flow.returned() == before
+    });
 }
 
 /// A connection by TCP to an echo, which lasts.
