@@ -882,15 +882,14 @@ impl Task {
         })
     }
 
+    /// Our own address, where we have one.
+    fn ipv4(&self) -> Option<IpAddr> {
+        let mut addresses = self.netmap.myself.addresses.iter().map(IpNet::addr);
+        addresses.find(IpAddr::is_ipv4)
+    }
+
     fn join(&mut self, segment: Segment, address: IpNet) {
-        let own = self
-            .netmap
-            .myself
-            .addresses
-            .iter()
-            .map(IpNet::addr)
-            .find(IpAddr::is_ipv4);
-        let Some(tailnet) = own else {
+        let Some(tailnet) = self.ipv4() else {
             warn!(%address, "no IPv4 address in the tailnet, so none in the host's network");
             return;
         };
@@ -1174,6 +1173,12 @@ impl Task {
         }
         if changes.myself || changes.all_peers || !changes.peers.is_empty() {
             self.publish_reach(&identity);
+        }
+        if changes.myself
+            && let Some(tailnet) = self.ipv4()
+            && let Some(membership) = &mut self.segment
+        {
+            membership.follow(tailnet);
         }
         self.known.send_if_modified(|known| {
             let changed = known.identity.as_ref() != Some(&identity) || known.live != live;

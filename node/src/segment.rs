@@ -72,6 +72,17 @@ impl Segment {
 }
 
 impl Membership {
+    /// Stands for another tailnet address from now on.
+    pub fn follow(&mut self, tailnet: IpAddr) {
+        self.tailnet = tailnet;
+        let member = Member {
+            tailnet,
+            door: self.door.clone(),
+        };
+        self.segment
+            .write(|members| members.insert(self.own, member));
+    }
+
     /// Whether a packet with these addresses belongs to the segment and not to the tailnet.
     pub fn concerns(&self, src: IpAddr, dst: IpAddr) -> bool {
         src == self.own || self.network.contains(&dst)
@@ -123,7 +134,7 @@ mod tests {
     fn members_stand_for_their_tailnet_addresses_until_they_leave() {
         let segment = Segment::default();
         let a = join(&segment, "172.19.0.2/16", "100.64.0.1");
-        let b = join(&segment, "172.19.0.3/16", "100.64.0.2");
+        let mut b = join(&segment, "172.19.0.3/16", "100.64.0.2");
         assert!(a.concerns(ip("100.64.0.1"), ip("172.19.0.3")));
         assert!(
             !a.concerns(ip("100.64.0.1"), ip("100.64.0.2")),
@@ -136,6 +147,9 @@ mod tests {
         assert_eq!(answer, Some(ip("100.64.0.2")));
         assert_eq!(found("172.19.0.9", "172.19.0.3"), None, "not its address");
         assert_eq!(found("172.19.0.2", "172.19.0.9"), None, "nobody's");
+        b.follow(ip("100.64.0.7"));
+        assert_eq!(found("172.19.0.2", "172.19.0.3"), Some(ip("100.64.0.7")));
+        assert_eq!(found("172.19.0.2", "100.64.0.2"), None, "it was b's");
         drop(b);
         assert_eq!(found("172.19.0.2", "172.19.0.3"), None);
     }
