@@ -1,10 +1,12 @@
 # The tasks of people who work on tailnode or install it; cargo builds it.
 .DEFAULT_GOAL := help
-.PHONY: help build demo test units namespaces engines interop check install uninstall
+.PHONY: help build demo test units namespaces engines interop bench check install uninstall
 
 # Finds cargo although sudo resets PATH, and leaves no files of root's in the tree.
 cargo := integration/cargo
 tools := target/tools
+# What "make bench" measures; dev is for work on the bench itself.
+PROFILE := release
 # What the tests build networks with.
 networks := integration/need ip:iproute2 tc:iproute2 nft:nftables sysctl:procps faketime:faketime
 
@@ -42,6 +44,16 @@ interop: ## (root) our nodes with the programs of others: Tailscale's client and
 	@set -e; $(cargo) build --workspace --bins; \
 	test=$$($(cargo) test -p tailnode-tests --test interop --no-run --message-format=json | sed -nE 's/.*"executable":"([^"]+)".*/\1/p'); \
 	"$$test" $(CASES) 2>target/interop.log || { echo "make interop: target/interop.log says more" >&2; exit 1; }
+
+bench: ## (root) our node measured beside Tailscale's, each in its turn; QUICK=1 takes minutes, not hours
+	@[ "$$(id -u)" = 0 ] || { echo "make bench: run me as root (sudo make bench)" >&2; exit 1; }
+	@$(networks)
+	@integration/peers/build >/dev/null
+	@integration/peers/build bench >/dev/null
+	@set -e; $(cargo) build --profile $(PROFILE) --workspace --bins; \
+	race=$$($(cargo) build --profile $(PROFILE) -p tailnode-bench --bench race --message-format=json | sed -nE 's/.*"executable":"([^"]+)".*/\1/p'); \
+	"$$race" 2>target/bench.log || { echo "make bench: target/bench.log says more" >&2; exit 1; }; \
+	"$$race" plot target/bench.json target/bench.svg
 
 check: $(tools)/bin/cargo-deny $(tools)/bin/cargo-machete ## format, lints, licences and advisories, unused dependencies, scripts
 	$(cargo) fmt --all --check

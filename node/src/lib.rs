@@ -32,3 +32,19 @@ pub use node::{Config, Error, Identity, Node, Reach, Secret};
 pub use routes::{ExitNode, Preferences as RoutePreferences, Status as RouteStatus};
 pub use segment::Segment;
 pub use status::{Login, PeerPath, PeerStatus, Status};
+
+/// The parts that `make bench` measures by themselves, and that its floor is made of. No part of
+/// what a node offers.
+#[doc(hidden)]
+pub mod bench {
+    pub use crate::{
+        device::{Device, PACKET_ROOM},
+        filter::{Filter, Verdict},
+        netmap::{Changes, Netmap},
+        offload::{Burst, Header, Joiner},
+        packet::Packet,
+        router::{Out, Router, Taken, To},
+        state::Keys,
+        udp::{Batch, Udp},
+    };
+}

@@ -134,6 +134,11 @@ impl Out {
         self.len
     }
 
+    /// Whether none waits.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
     /// Puts a ready datagram.
     pub fn put(&mut self, to: To, bytes: &[u8]) {
         let range = self.room(bytes.len());

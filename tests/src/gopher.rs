@@ -2,7 +2,8 @@ use std::{
     fs,
     net::{IpAddr, SocketAddr},
     ops::Deref,
-    path::Path,
+    os::unix::net::UnixStream,
+    path::{Path, PathBuf},
     process::Command,
     thread,
     time::Duration,
@@ -13,13 +14,14 @@ use tempfile::TempDir;
 
 use crate::{
     NameServer, Namespace, eventually,
-    program::{Process, ask, peer},
+    program::{Process, Release, ask},
 };
 
 /// A machine with Tailscale's own client, which is written in Go.
 pub struct Gopher {
     // The first to go: its log is in the directory.
-    _daemon: Process,
+    daemon: Process,
+    release: Release,
     namespace: Namespace,
     /// Its addresses in the tailnet, IPv4 first.
     pub addresses: Vec<IpAddr>,
@@ -45,11 +47,51 @@ impl Gopher {
         name: &str,
         environment: &[(&str, &str)],
     ) -> Result<Gopher, String> {
-        let mut gopher = Gopher::start(namespace, login_server, environment);
-        let key = format!("--auth-key={key}");
-        gopher.up(login_server, name, &[&key])?;
-        gopher.learn_addresses()?;
+        let mut gopher = Gopher::start(Release::Pinned, namespace, login_server, environment);
+        gopher.up_by(login_server, key, name)?;
         Ok(gopher)
+    }
+
+    /// The same with the client of a release.
+    pub fn join_as(
+        release: Release,
+        namespace: Namespace,
+        login_server: &str,
+        key: &str,
+        name: &str,
+    ) -> Result<Gopher, String> {
+        let mut gopher = Gopher::start(release, namespace, login_server, &[]);
+        gopher.up_by(login_server, key, name)?;
+        Ok(gopher)
+    }
+
+    /// Ends its daemon, as an engine does.
+    pub fn stop(&mut self) {
+        self.daemon.terminate();
+    }
+
+    /// The same machine started again: its daemon has the state and the address of before.
+    pub fn started_again(
+        self,
+        login_server: &str,
+        key: &str,
+        name: &str,
+    ) -> Result<Gopher, String> {
+        let Gopher {
+            release,
+            namespace,
+            directory,
+            ..
+        } = self;
+        let mut gopher = Gopher::run(release, namespace, directory, login_server, &[]);
+        gopher.up_by(login_server, key, name)?;
+        Ok(gopher)
+    }
+
+    fn up_by(&mut self, login_server: &str, key: &str, name: &str) -> Result<(), String> {
+        let key = format!("--auth-key={key}");
+        self.up(login_server, name, &[&key])?;
+        self.learn_addresses()
     }
 
     /// The same without a key: somebody, `open`, is given the URL of the login page.
@@ -59,7 +101,7 @@ impl Gopher {
         name: &str,
         open: impl FnOnce(&str),
     ) -> Result<Gopher, String> {
-        let mut gopher = Gopher::start(namespace, login_server, &[]);
+        let mut gopher = Gopher::start(Release::Pinned, namespace, login_server, &[]);
         thread::scope(|scope| {
             let up = scope.spawn(|| gopher.up(login_server, name, &[]));
             let mut page = String::new();
@@ -115,21 +157,39 @@ impl Gopher {
             .unwrap_or_else(|error| panic!("tailscale lock {words:?}: {error}"))
     }
 
-    fn start(namespace: Namespace, login_server: &str, environment: &[(&str, &str)]) -> Gopher {
+    fn start(
+        release: Release,
+        namespace: Namespace,
+        login_server: &str,
+        environment: &[(&str, &str)],
+    ) -> Gopher {
         let directory = TempDir::new().expect("a directory for tailscaled");
-        let mut daemon = command(&namespace, &directory);
+        fill_etc(&directory);
+        Gopher::run(release, namespace, directory, login_server, environment)
+    }
+
+    fn run(
+        release: Release,
+        namespace: Namespace,
+        directory: TempDir,
+        login_server: &str,
+        environment: &[(&str, &str)],
+    ) -> Gopher {
+        let mut daemon = command(release, &namespace, &directory);
         daemon.envs(environment.iter().copied());
         if login_server.starts_with("http:") {
             daemon.env("TS_DEBUG_USE_DERP_HTTP", "1");
         }
         let gopher = Gopher {
-            _daemon: Process::spawn(daemon, directory.path().join("test.log")),
+            daemon: Process::spawn(daemon, directory.path().join("test.log")),
+            release,
             namespace,
             addresses: Vec::new(),
             directory,
         };
-        eventually("tailscaled answers", Duration::from_secs(10), || {
-            gopher.status().is_some()
+        // It takes questions from then on, and answers when it can.
+        eventually("tailscaled listens", Duration::from_secs(10), || {
+            UnixStream::connect(gopher.socket()).is_ok()
         });
         gopher
     }
@@ -167,6 +227,11 @@ impl Gopher {
             "--c=1",
             &to.to_string(),
         ])
+    }
+
+    /// The daemon's process id.
+    pub fn daemon_id(&self) -> u32 {
+        self.daemon.id()
     }
 
     /// Changes its preferences: flags as for `tailscale set`.
@@ -240,10 +305,14 @@ impl Gopher {
     }
 
     fn tailscale(&self, words: &[&str]) -> Result<String, String> {
-        let mut command = self.namespace.command(peer("tailscale"));
-        let socket = self.directory.path().join("tailscaled.sock");
-        command.arg("--socket").arg(socket).args(words);
+        let program = self.release.program("tailscale");
+        let mut command = self.namespace.command(program);
+        command.arg("--socket").arg(self.socket()).args(words);
         ask(command)
+    }
+
+    fn socket(&self) -> PathBuf {
+        self.directory.path().join("tailscaled.sock")
     }
 }
 
@@ -256,22 +325,25 @@ impl Deref for Gopher {
     }
 }
 
-fn command(namespace: &Namespace, directory: &TempDir) -> Command {
-    let path = directory.path();
-    // It rewrites /etc/resolv.conf, and so has an /etc of its own.
-    let etc = path.join("etc");
+/// It rewrites /etc/resolv.conf, and so has an /etc of its own.
+fn fill_etc(directory: &TempDir) {
+    let etc = directory.path().join("etc");
     fs::create_dir(&etc).expect("make its /etc");
     for file in ["passwd", "group", "nsswitch.conf"] {
         fs::copy(Path::new("/etc").join(file), etc.join(file)).expect("fill its /etc");
     }
     fs::write(etc.join("resolv.conf"), NameServer::RESOLV_CONF).expect("write its resolv.conf");
+}
+
+fn command(release: Release, namespace: &Namespace, directory: &TempDir) -> Command {
+    let path = directory.path();
     let mut command = namespace.command("unshare");
     command
         .args(["--mount", "sh", "-ec"])
         .arg("mount --bind \"$1\" /etc; shift; exec \"$@\"")
         .arg("sh")
-        .arg(&etc)
-        .arg(peer("tailscaled"))
+        .arg(path.join("etc"))
+        .arg(release.program("tailscaled"))
         .args(["--tun=ts0", "--port=0", "--no-logs-no-support"])
         .arg("--statedir")
         .arg(path.join("state"))

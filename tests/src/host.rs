@@ -250,6 +250,11 @@ impl Host {
         clock.set(seconds);
     }
 
+    /// The daemon's process id.
+    pub fn daemon_id(&self) -> u32 {
+        self.daemon.id()
+    }
+
     /// How many descriptors the daemon has open.
     pub fn open_files(&self) -> usize {
         let path = format!("/proc/{}/fd", self.daemon.id());

@@ -41,7 +41,7 @@ pub use headscale::Headscale;
 pub use host::Host;
 pub use name_server::NameServer;
 pub use namespace::Namespace;
-pub use program::eventually;
+pub use program::{Process, Release, eventually};
 pub use proxy::{Mischief, Proxy};
 pub use site::Site;
 pub use tailnet::Tailnet;

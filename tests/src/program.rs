@@ -32,19 +32,41 @@ pub(crate) fn program(name: &str) -> PathBuf {
     directory.join(name)
 }
 
+/// Which versions of the programs of others.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Release {
+    /// Those of integration/peers, which everything is tested against.
+    Pinned,
+    /// Those of integration/peers/bench, which the bench measures as well.
+    Newest,
+}
+
 /// One of the programs of others, built from the versions that integration/peers pins.
 pub(crate) fn peer(name: &str) -> PathBuf {
-    static DIRECTORY: OnceLock<PathBuf> = OnceLock::new();
-    let directory = DIRECTORY.get_or_init(|| {
-        let build = concat!(env!("CARGO_MANIFEST_DIR"), "/../integration/peers/build");
-        let output = Command::new(build)
-            .stderr(Stdio::inherit())
-            .output()
-            .unwrap_or_else(|error| panic!("{build}: {error}"));
-        assert!(output.status.success(), "{build} failed");
-        PathBuf::from(String::from_utf8_lossy(&output.stdout).trim())
-    });
-    directory.join(name)
+    Release::Pinned.program(name)
+}
+
+impl Release {
+    /// One of its programs, built where it is not yet.
+    pub fn program(self, name: &str) -> PathBuf {
+        static DIRECTORIES: [OnceLock<PathBuf>; 2] = [OnceLock::new(), OnceLock::new()];
+        let (directory, folder) = match self {
+            Release::Pinned => (&DIRECTORIES[0], None),
+            Release::Newest => (&DIRECTORIES[1], Some("bench")),
+        };
+        directory.get_or_init(|| built(folder)).join(name)
+    }
+}
+
+fn built(folder: Option<&str>) -> PathBuf {
+    let build = concat!(env!("CARGO_MANIFEST_DIR"), "/../integration/peers/build");
+    let output = Command::new(build)
+        .args(folder)
+        .stderr(Stdio::inherit())
+        .output()
+        .unwrap_or_else(|error| panic!("{build}: {error}"));
+    assert!(output.status.success(), "{build} failed");
+    PathBuf::from(String::from_utf8_lossy(&output.stdout).trim())
 }
 
 /// Runs a command to its end and returns what it printed, or what it had to say of its failure.
@@ -79,7 +101,7 @@ fn build(cargo: &OsStr) {
 }
 
 /// A server that runs for as long as this value lives.
-pub(crate) struct Process {
+pub struct Process {
     child: Child,
     log: PathBuf,
 }
@@ -97,14 +119,17 @@ impl Process {
         Process { child, log }
     }
 
+    /// Its process id.
     pub fn id(&self) -> u32 {
         self.child.id()
     }
 
+    /// Whether it has not ended yet.
     pub fn is_running(&mut self) -> bool {
         matches!(self.child.try_wait(), Ok(None))
     }
 
+    /// What it printed.
     pub fn log(&self) -> String {
         fs::read_to_string(&self.log).unwrap_or_default()
     }
@@ -119,11 +144,13 @@ impl Process {
         );
     }
 
+    /// Ends it without asking.
     pub fn kill(&mut self) {
         self.signal(Signal::SIGKILL);
         self.child.wait().expect("wait for a killed process");
     }
 
+    /// Sends it a signal, if it still runs.
     pub fn signal(&mut self, signal: Signal) {
         // Waited for already, its number may be another process's by now.
         if self.is_running() {

@@ -36,6 +36,11 @@ impl Underlay {
         }
     }
 
+    /// The router, where the coordination servers run.
+    pub fn router(&self) -> &Namespace {
+        &self.router
+    }
+
     /// A new host on a link of its own.
     pub fn host(&self) -> Namespace {
         let number = self.hosts.get() + 1;

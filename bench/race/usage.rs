@@ -1,0 +1,77 @@
+//! What processes have used, as the kernel counts it.
+
+use std::{fs, path::Path, thread, time::Instant};
+
+use nix::unistd::{SysconfVar, sysconf};
+
+/// CPU seconds of these processes and all their threads, since they started; in user and in kernel
+/// mode, to the hundredth.
+pub fn cpu(processes: &[u32]) -> f64 {
+    let ticks: u64 = processes.iter().map(|&id| cpu_ticks(id)).sum();
+    ticks as f64 / ticks_per_second()
+}
+
+/// The whole machine from a moment on: whatever the kernel does for the traffic, in whoever's name.
+pub struct Machine {
+    since: Instant,
+    idle: f64,
+}
+
+impl Machine {
+    pub fn now() -> Machine {
+        Machine {
+            since: Instant::now(),
+            idle: idle(),
+        }
+    }
+
+    /// CPU seconds that were spent since. The kernel samples busy time and counts idle time, so this
+    /// is what was not idle.
+    pub fn cpu(&self) -> f64 {
+        let cores = thread::available_parallelism().expect("the number of cores");
+        let passed = self.since.elapsed().as_secs_f64() * cores.get() as f64;
+        (passed - (idle() - self.idle)).max(0.0)
+    }
+}
+
+/// Seconds that cores had nothing to do since the machine started.
+fn idle() -> f64 {
+    let stat = read("/proc/stat");
+    // Idle and waiting for disks: fields 4 and 5 of the first line (proc_stat(5)).
+    let fields = stat.split_whitespace().skip(4).take(2);
+    let ticks: u64 = fields
+        .map(|ticks| ticks.parse::<u64>().expect("ticks"))
+        .sum();
+    ticks as f64 / ticks_per_second()
+}
+
+fn ticks_per_second() -> f64 {
+    let ticks = sysconf(SysconfVar::CLK_TCK).expect("sysconf");
+    ticks.expect("a clock tick") as f64
+}
+
+fn cpu_ticks(id: u32) -> u64 {
+    let stat = read(format!("/proc/{id}/stat"));
+    // Fields 14 and 15 of proc_pid_stat(5); the second is the name, and may have blanks.
+    let (_, rest) = stat.rsplit_once(')').expect("the name's end");
+    let fields = rest.split_whitespace().skip(11).take(2);
+    fields
+        .map(|ticks| ticks.parse::<u64>().expect("ticks"))
+        .sum()
+}
+
+/// Bytes of memory that these processes have for themselves, shared pages counted by their shares.
+pub fn pss(processes: &[u32]) -> f64 {
+    let bytes = processes.iter().map(|id| {
+        let text = read(format!("/proc/{id}/smaps_rollup"));
+        let line = text.lines().find_map(|line| line.strip_prefix("Pss:"));
+        let kib = line.and_then(|rest| rest.split_whitespace().next());
+        kib.expect("Pss").parse::<f64>().expect("KiB") * 1024.0
+    });
+    bytes.sum()
+}
+
+fn read(path: impl AsRef<Path>) -> String {
+    let path = path.as_ref();
+    fs::read_to_string(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
+}
