@@ -1145,7 +1145,7 @@ impl Task {
 
     fn take_changes(&mut self, changes: &Changes, live: bool) {
         let now = Instant::now();
-        self.door.router().update(&self.netmap, changes, now);
+        let rerouted = self.door.router().update(&self.netmap, changes, now);
         // Peers may be waited for that can be reached now.
         self.next_tick = Some(now);
         if changes.derp {
@@ -1171,7 +1171,7 @@ impl Task {
         if identity.addresses.is_empty() {
             return;
         }
-        if changes.myself || changes.all_peers || !changes.peers.is_empty() {
+        if changes.myself || rerouted {
             self.publish_reach(&identity);
         }
         if changes.myself

@@ -264,8 +264,8 @@ struct Peer {
     /// Made when the first disco message to or from the peer needs it.
     sealed: Option<disco::Pair>,
     routes: Vec<IpNet>,
-    /// WireGuard's state; only for peers in use.
-    tunnel: Option<Tunn>,
+    /// WireGuard's state, some 10 KiB; only for peers in use.
+    tunnel: Option<Box<Tunn>>,
     /// While a first handshake goes unanswered: when to repeat it, and how long to wait after.
     retry: Option<(Instant, Duration)>,
     path: Path,
@@ -333,8 +333,9 @@ impl Router {
         self.preferences = preferences;
     }
 
-    /// Takes over what `changes` names from the map.
-    pub fn update(&mut self, netmap: &Netmap, changes: &Changes, now: Instant) {
+    /// Takes over what `changes` names from the map. Returns whether other addresses lead to peers now.
+    pub fn update(&mut self, netmap: &Netmap, changes: &Changes, now: Instant) -> bool {
+        let mut rerouted = false;
         if changes.all_peers {
             let gone: Vec<NodeId> = self
                 .by_id
@@ -343,17 +344,17 @@ impl Router {
                 .copied()
                 .collect();
             for id in gone {
-                self.remove(id);
+                rerouted |= self.remove(id);
             }
             for node in netmap.peers.values() {
-                self.upsert(node, &netmap.myself, now);
+                rerouted |= self.upsert(node, &netmap.myself, now);
             }
         } else {
             for id in &changes.peers {
-                match netmap.peers.get(id) {
+                rerouted |= match netmap.peers.get(id) {
                     Some(node) => self.upsert(node, &netmap.myself, now),
                     None => self.remove(*id),
-                }
+                };
             }
         }
         if changes.myself {
@@ -377,6 +378,7 @@ impl Router {
                     .collect()
             });
         }
+        rerouted
     }
 
     /// Takes the regions whose relays can be used.
@@ -617,7 +619,8 @@ impl Router {
         peers
     }
 
-    fn upsert(&mut self, node: &tailcfg::Node, myself: &tailcfg::Node, now: Instant) {
+    /// Returns whether other addresses lead to the peer now.
+    fn upsert(&mut self, node: &tailcfg::Node, myself: &tailcfg::Node, now: Instant) -> bool {
         // A peer with a new key is another WireGuard peer: begin anew.
         if let Some(&slot) = self.by_id.get(&node.id)
             && self.peers[slot].key != node.key
@@ -625,8 +628,7 @@ impl Router {
             self.remove(node.id);
         }
         if node.expired {
-            self.remove(node.id);
-            return;
+            return self.remove(node.id);
         }
         let slot = *self.by_id.entry(node.id).or_insert_with(|| {
             self.peers.insert(Peer {
@@ -671,7 +673,7 @@ impl Router {
                 let age = peer
                     .tunnel
                     .as_ref()
-                    .and_then(Tunn::time_since_last_handshake);
+                    .and_then(|tunnel| tunnel.time_since_last_handshake());
                 if peer.retry.is_none() && age.is_none_or(|age| age > NEWS) {
                     peer.tunnel = None;
                 }
@@ -683,7 +685,8 @@ impl Router {
             }
         }
         let routes = self.preferences.taken(node, myself);
-        if peer.routes != routes {
+        let rerouted = peer.routes != routes;
+        if rerouted {
             for net in std::mem::replace(&mut peer.routes, routes.clone()) {
                 self.take_route(net, slot);
             }
@@ -691,6 +694,7 @@ impl Router {
                 self.routes.insert(net, slot);
             }
         }
+        rerouted
     }
 
     /// Takes a route from a peer that has it. Of several who may have a subnet, another gets it.
@@ -709,9 +713,10 @@ impl Router {
         };
     }
 
-    fn remove(&mut self, id: NodeId) {
+    /// Returns whether it was there.
+    fn remove(&mut self, id: NodeId) -> bool {
         let Some(slot) = self.by_id.remove(&id) else {
-            return;
+            return false;
         };
         let peer = self.peers.remove(slot);
         // A successor may have taken over keys and addresses before this one left.
@@ -727,6 +732,7 @@ impl Router {
             self.take_route(net, slot);
         }
         debug!(peer = %peer.name, id = peer.id, "peer removed");
+        true
     }
 
     fn tunnel(
@@ -734,17 +740,17 @@ impl Router {
         peer: &NodePublicKey,
         slot: usize,
         limiter: &Arc<RateLimiter>,
-    ) -> Tunn {
+    ) -> Box<Tunn> {
         let peer = x25519::PublicKey::from(*peer.export().as_bytes());
         // The index names the slot in every datagram that comes back; boringtun keeps 24 bits.
-        Tunn::new(
+        Box::new(Tunn::new(
             private.clone(),
             peer,
             None,
             None,
             slot as u32,
             Some(limiter.clone()),
-        )
+        ))
     }
 
     fn wireguard(
