@@ -91,7 +91,7 @@ fn expired_peer(server: Server) {
 
 fn deleted(server: Server) {
     let scene = Scene::new(server);
-    let (web, gopher) = scene.pair(scene.host(), scene.host());
+    let (mut web, gopher) = scene.pair(scene.host(), scene.host());
     reach(&web, &gopher.addresses);
     let gone = |web: &Ours| {
         scene.delete("web");
@@ -103,12 +103,13 @@ fn deleted(server: Server) {
     // A person lets it in again, and it may have another address.
     let page = gone(&web);
     scene.approve(&page);
-    within(30, "the node runs again", || web.state() == "running");
-    reach(&gopher, &web.addresses_now());
+    web.settle(&gopher, "web");
+    reach(&gopher, &web.addresses);
     reach(&web, &gopher.addresses);
     // Or the container starts again, and its key opens the door.
     gone(&web);
-    let web = web.restarted().unwrap();
+    let mut web = web.restarted().unwrap();
+    web.settle(&gopher, "web");
     reach(&gopher, &web.addresses);
     same_bytes(&web, &gopher, 1_000_000);
 }
@@ -123,7 +124,7 @@ fn swept_out(server: Server) {
     let container = Container::new("web");
     let ephemeral = json!({ "ephemeral": "true" });
     host.attach_to(&container, "tailnet", ephemeral).unwrap();
-    let web = Ours {
+    let mut web = Ours {
         addresses: Vec::new(),
         container,
         host,
@@ -136,7 +137,8 @@ fn swept_out(server: Server) {
     within(150, "it has joined anew", || {
         passes(&web, gopher.addresses[0]) && id_of().is_some_and(|now| Some(now) != before)
     });
-    reach(&gopher, &web.addresses_now());
+    web.settle(&gopher, "web");
+    reach(&gopher, &web.addresses);
     reach(&web, &gopher.addresses);
 }
 

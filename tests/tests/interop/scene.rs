@@ -386,6 +386,16 @@ impl Ours {
         serde_json::from_value(self.node()["addresses"].clone()).unwrap_or_default()
     }
 
+    /// Waits until the peer knows the node by the addresses that it has now: its last map's may have
+    /// been others, where the server forgot it meanwhile.
+    pub fn settle(&mut self, peer: &Gopher, name: &str) {
+        within(30, "the peer knows the node's addresses", || {
+            self.addresses = self.addresses_now();
+            let seen = peer.peer(name).unwrap_or_default();
+            self.state() == "running" && seen["TailscaleIPs"] == json!(self.addresses)
+        });
+    }
+
     /// The login page that it waits for somebody to open, once it gives this reason.
     pub fn page(&self, reason: &str) -> String {
         let mut login = Value::Null;
