@@ -112,7 +112,7 @@ impl Door {
     /// `packet` is what the burst is judged as.
     pub fn take(&self, from: &NodePublicKey, burst: &Burst<'_>, packet: &Packet<'_>, now: Instant) {
         let len = burst.bytes().len() as u64;
-        if !self.router().enter(from, packet, len, now) || self.answers.take(burst.bytes()) {
+        if !self.router().enter(from, packet, now) || self.answers.take(burst.bytes()) {
             return;
         }
         self.rx_bytes.fetch_add(len, Ordering::Relaxed);

@@ -7,6 +7,12 @@
 
 use std::ops::Range;
 
+use crate::packet::{
+    IPV4_HEADER as IPV4, IPV6_HEADER as IPV6, TCP_HEADER as TCP, UDP_HEADER as UDP, be16, fold,
+    protocol, sum,
+    tcp_flags::{ACK, CWR, FIN, PSH},
+};
+
 /// The length of a `virtio_net_hdr`.
 pub const HEADER: usize = 10;
 
@@ -19,21 +25,9 @@ const GSO_UDP: u8 = 5;
 /// `VIRTIO_NET_HDR_GSO_ECN`: the first packet carries CWR.
 const GSO_ECN: u8 = 0x80;
 
-const IPV4: usize = 20;
-const IPV6: usize = 40;
-const TCP: usize = 20;
-const UDP: usize = 8;
-const PROTOCOL_TCP: u8 = 6;
-const PROTOCOL_UDP: u8 = 17;
 /// Where the checksum is within the transport header.
 const TCP_SUM: usize = 16;
 const UDP_SUM: usize = 6;
-
-// Of TCP's flags byte.
-const FIN: u8 = 0x01;
-const PSH: u8 = 0x08;
-const ACK: u8 = 0x10;
-const CWR: u8 = 0x80;
 
 /// The most that an IP packet, and so a burst, can hold.
 const PACKET_MAX: usize = 65_535;
@@ -162,7 +156,7 @@ impl Cut {
         let v4 = version(bytes)? == 4;
         let kind = header.gso_type & !GSO_ECN;
         let udp = kind == GSO_UDP;
-        let protocol = if udp { PROTOCOL_UDP } else { PROTOCOL_TCP };
+        let protocol = if udp { protocol::UDP } else { protocol::TCP };
         let fits = match (v4, kind) {
             (true, GSO_TCPV4 | GSO_UDP) => {
                 transport == usize::from(bytes[0] & 0x0f) * 4
@@ -227,12 +221,10 @@ impl Cut {
                 transport + TCP_SUM
             };
             put16(packet, sum_at, 0);
-            let protocol = if udp { PROTOCOL_UDP } else { PROTOCOL_TCP };
-            let sum = sum(
-                &packet[transport..],
-                pseudo(packet, protocol, packet.len() - transport),
-            );
-            packet[sum_at..sum_at + 2].copy_from_slice(&checksum(sum, udp).to_ne_bytes());
+            let protocol = if udp { protocol::UDP } else { protocol::TCP };
+            let pseudo = pseudo(packet, protocol, packet.len() - transport);
+            let sum = sum(pseudo, &packet[transport..]);
+            packet[sum_at..sum_at + 2].copy_from_slice(&checksum(sum, udp).to_be_bytes());
             take(packet);
         }
     }
@@ -396,8 +388,8 @@ impl Shape {
             (IPV6, packet[6], IPV6 + usize::from(be16(packet, 4)))
         };
         let udp = match protocol {
-            PROTOCOL_TCP => false,
-            PROTOCOL_UDP => true,
+            protocol::TCP => false,
+            protocol::UDP => true,
             _ => return None,
         };
         let rest = packet.len().checked_sub(transport)?;
@@ -421,8 +413,8 @@ impl Shape {
         };
         let joins = plain
             && payload < packet.len()
-            && (!v4 || fold(sum(&packet[..IPV4], 0)) == u16::MAX)
-            && fold(sum(&packet[transport..], pseudo(packet, protocol, rest))) == u16::MAX;
+            && (!v4 || fold(sum(0, &packet[..IPV4])) == u16::MAX)
+            && fold(sum(pseudo(packet, protocol, rest), &packet[transport..])) == u16::MAX;
         Some(Self {
             transport,
             payload,
@@ -436,14 +428,14 @@ impl Shape {
     fn lead(self, head: &mut [u8], len: usize) -> Header {
         let (protocol, sum_at) = if self.udp {
             put16(head, self.transport + 4, (len - self.transport) as u16);
-            (PROTOCOL_UDP, UDP_SUM)
+            (protocol::UDP, UDP_SUM)
         } else {
-            (PROTOCOL_TCP, TCP_SUM)
+            (protocol::TCP, TCP_SUM)
         };
         set_length_to(head, self.transport, len);
         let sum = fold(pseudo(head, protocol, len - self.transport));
         let at = self.transport + sum_at;
-        head[at..at + 2].copy_from_slice(&sum.to_ne_bytes());
+        head[at..at + 2].copy_from_slice(&sum.to_be_bytes());
         Header {
             flags: NEEDS_CSUM,
             gso_type: match (self.udp, head[0] >> 4) {
@@ -515,8 +507,8 @@ fn finish_sum(packet: &mut [u8], start: usize, offset: usize) -> Option<()> {
     if offset + 2 > covered.len() {
         return None;
     }
-    let sum = checksum(sum(covered, 0), offset == UDP_SUM);
-    packet[start + offset..start + offset + 2].copy_from_slice(&sum.to_ne_bytes());
+    let sum = checksum(sum(0, covered), offset == UDP_SUM);
+    packet[start + offset..start + offset + 2].copy_from_slice(&sum.to_be_bytes());
     Some(())
 }
 
@@ -528,8 +520,8 @@ fn set_length_to(packet: &mut [u8], transport: usize, len: usize) {
     if packet[0] >> 4 == 4 {
         put16(packet, 2, len as u16);
         put16(packet, 10, 0);
-        let sum = !fold(sum(&packet[..transport], 0));
-        packet[10..12].copy_from_slice(&sum.to_ne_bytes());
+        let sum = !fold(sum(0, &packet[..transport]));
+        packet[10..12].copy_from_slice(&sum.to_be_bytes());
     } else {
         put16(packet, 4, (len - IPV6) as u16);
     }
@@ -542,12 +534,8 @@ fn pseudo(packet: &[u8], protocol: u8, transport_len: usize) -> u64 {
     } else {
         &packet[8..40]
     };
-    let words = [[0, protocol], (transport_len as u16).to_be_bytes()];
-    words
-        .into_iter()
-        .map(|word| u64::from(u16::from_ne_bytes(word)))
-        .sum::<u64>()
-        + sum(addresses, 0)
+    let total = sum(sum(0, &[0, protocol]), addresses);
+    sum(total, &(transport_len as u16).to_be_bytes())
 }
 
 /// What goes into a checksum field; UDP's 0 would say that there is none.
@@ -556,30 +544,6 @@ fn checksum(sum: u64, udp: bool) -> u16 {
         0 if udp => u16::MAX,
         sum => sum,
     }
-}
-
-/// Adds up 16-bit words in the machine's byte order (RFC 1071, section 2), to be folded.
-fn sum(bytes: &[u8], initial: u64) -> u64 {
-    let mut total = initial;
-    // Sums of 32-bit words fold to the same, and the compiler makes vectors of them.
-    let mut words = bytes.chunks_exact(4);
-    for word in words.by_ref() {
-        total += u64::from(u32::from_ne_bytes([word[0], word[1], word[2], word[3]]));
-    }
-    let mut last = [0; 4];
-    last[..words.remainder().len()].copy_from_slice(words.remainder());
-    total + u64::from(u32::from_ne_bytes(last))
-}
-
-fn fold(mut sum: u64) -> u16 {
-    while sum > u64::from(u16::MAX) {
-        sum = (sum & 0xffff) + (sum >> 16);
-    }
-    sum as u16
-}
-
-fn be16(bytes: &[u8], at: usize) -> u16 {
-    u16::from_be_bytes([bytes[at], bytes[at + 1]])
 }
 
 fn be32(bytes: &[u8], at: usize) -> u32 {
@@ -620,12 +584,10 @@ mod tests {
         bytes.extend(payload);
         set_length(&mut bytes, transport);
         let (protocol, at) = if udp { (17, UDP_SUM) } else { (6, TCP_SUM) };
-        let total = sum(
-            &bytes[transport..],
-            pseudo(&bytes, protocol, bytes.len() - transport),
-        );
+        let pseudo = pseudo(&bytes, protocol, bytes.len() - transport);
+        let total = sum(pseudo, &bytes[transport..]);
         bytes[transport + at..transport + at + 2]
-            .copy_from_slice(&checksum(total, udp).to_ne_bytes());
+            .copy_from_slice(&checksum(total, udp).to_be_bytes());
         bytes
     }
 
@@ -683,7 +645,7 @@ mod tests {
             let mut unfinished = whole.clone();
             let partial = fold(pseudo(&whole, protocol, whole.len() - transport));
             unfinished[transport + offset..transport + offset + 2]
-                .copy_from_slice(&partial.to_ne_bytes());
+                .copy_from_slice(&partial.to_be_bytes());
             let header = Header {
                 flags: NEEDS_CSUM,
                 csum_start: transport as u16,
@@ -705,9 +667,9 @@ mod tests {
             let rest = packets[1].len() - IPV4;
             set_length(&mut packets[1], IPV4);
             put16(&mut packets[1], IPV4 + TCP_SUM, 0);
-            let total = sum(&packets[1][IPV4..], pseudo(&packets[1], 6, rest));
+            let total = sum(pseudo(&packets[1], 6, rest), &packets[1][IPV4..]);
             packets[1][IPV4 + TCP_SUM..IPV4 + TCP_SUM + 2]
-                .copy_from_slice(&checksum(total, false).to_ne_bytes());
+                .copy_from_slice(&checksum(total, false).to_be_bytes());
             join(&packets).len()
         };
         assert_eq!(alone(&|_| {}), 1);

@@ -26,14 +26,18 @@ pub mod tcp_flags {
     pub const SYN: u8 = 0x02;
     /// Breaks a connection.
     pub const RST: u8 = 0x04;
+    /// What came so far is to be handed on at once.
+    pub const PSH: u8 = 0x08;
     /// The acknowledgement number counts.
     pub const ACK: u8 = 0x10;
+    /// The sender has slowed down, for which it was asked.
+    pub const CWR: u8 = 0x80;
 }
 
-const IPV4_HEADER: usize = 20;
-const IPV6_HEADER: usize = 40;
-const TCP_HEADER: usize = 20;
-const UDP_HEADER: usize = 8;
+pub(crate) const IPV4_HEADER: usize = 20;
+pub(crate) const IPV6_HEADER: usize = 40;
+pub(crate) const TCP_HEADER: usize = 20;
+pub(crate) const UDP_HEADER: usize = 8;
 const ICMP_HEADER: usize = 8;
 /// Ports and verification tag; enough to read the ports.
 const SCTP_HEADER: usize = 12;
@@ -361,7 +365,7 @@ fn cut(bytes: &[u8], length: usize, quoted: bool) -> Result<&[u8], Malformed> {
     }
 }
 
-fn be16(bytes: &[u8], at: usize) -> u16 {
+pub fn be16(bytes: &[u8], at: usize) -> u16 {
     u16::from_be_bytes([bytes[at], bytes[at + 1]])
 }
 
@@ -459,7 +463,9 @@ fn ip_header(src: IpAddr, dst: IpAddr, protocol: u8, length: u16) -> Option<Vec<
 
 /// The checksum over a pseudo header and the transport (RFC 768; RFC 8200, section 8.1).
 fn transport_checksum(src: IpAddr, dst: IpAddr, protocol: u8, transport: &[u8]) -> u16 {
-    let mut total = u64::from(protocol) + transport.len() as u64;
+    // No transport that is written here is longer than a packet.
+    let mut total = sum(0, &[0, protocol]);
+    total = sum(total, &(transport.len() as u16).to_be_bytes());
     for address in [src, dst] {
         total = match address {
             IpAddr::V4(a) => sum(total, &a.octets()),
@@ -469,21 +475,25 @@ fn transport_checksum(src: IpAddr, dst: IpAddr, protocol: u8, transport: &[u8]) 
     !fold(sum(total, transport))
 }
 
-/// Adds big-endian 16-bit words; an odd byte at the end counts as followed by zero.
-fn sum(start: u64, bytes: &[u8]) -> u64 {
-    let (words, rest) = bytes.as_chunks::<2>();
+/// Adds up 16-bit words in whichever byte order (RFC 1071, section 2), for [`fold`]; an odd byte at
+/// the end counts as followed by zero.
+pub fn sum(start: u64, bytes: &[u8]) -> u64 {
+    // Sums of 32-bit words fold to the same, and the compiler makes vectors of the machine's own.
+    let (words, rest) = bytes.as_chunks::<4>();
     let total = words
         .iter()
-        .fold(start, |sum, w| sum + u64::from(u16::from_be_bytes(*w)));
-    total + rest.first().map_or(0, |b| u64::from(*b) << 8)
+        .fold(start, |sum, w| sum + u64::from(u32::from_ne_bytes(*w)));
+    let mut last = [0; 4];
+    last[..rest.len()].copy_from_slice(rest);
+    total + u64::from(u32::from_ne_bytes(last))
 }
 
-/// Adds the carries in (RFC 1071).
-fn fold(mut sum: u64) -> u16 {
+/// Adds the carries in. What is to be read and written is the result's big-endian bytes.
+pub fn fold(mut sum: u64) -> u16 {
     while sum > 0xffff {
         sum = (sum >> 16) + (sum & 0xffff);
     }
-    sum as u16
+    u16::from_be(sum as u16)
 }
 
 #[cfg(test)]

@@ -473,20 +473,14 @@ impl Router {
     }
 
     /// Whether policy lets in what the node with the key `from` brings without the tunnel.
-    pub fn enter(
-        &mut self,
-        from: &NodePublicKey,
-        packet: &Packet<'_>,
-        len: u64,
-        now: Instant,
-    ) -> bool {
+    pub fn enter(&mut self, from: &NodePublicKey, packet: &Packet<'_>, now: Instant) -> bool {
         let Some(&slot) = self.routes.lookup(packet.src()) else {
             return false;
         };
         let accepted =
             self.peers[slot].key == *from && self.inbound(slot, packet, now) == Verdict::Accept;
         if accepted {
-            self.peers[slot].rx_bytes += len;
+            self.peers[slot].rx_bytes += packet.bytes().len() as u64;
         }
         accepted
     }
@@ -1573,7 +1567,7 @@ mod tests {
             let packet = Packet::parse(&bytes).unwrap();
             let router = &mut world.hosts[1].router;
             let key = if src == other { free_key } else { jailed_key };
-            assert_eq!(router.enter(&key, &packet, 1, world.now), enters);
+            assert_eq!(router.enter(&key, &packet, world.now), enters);
         }
     }
 
@@ -1697,7 +1691,7 @@ mod tests {
         let mut enters = |key: &NodePublicKey, src: IpAddr, dst: IpAddr| {
             let (from, to) = (SocketAddr::new(src, 5), SocketAddr::new(dst, 6));
             let bytes = packet::udp(from, to, b"").unwrap();
-            router.enter(key, &Packet::parse(&bytes).unwrap(), 1, world.now)
+            router.enter(key, &Packet::parse(&bytes).unwrap(), world.now)
         };
         let [theirs, ours, nobodys] = [1, 2, 3].map(|net| IpAddr::from([10, net, 0, 9]));
         for (src, dst, expected) in [
