@@ -5,7 +5,7 @@
 //! channel and no allocation stand between a packet and its datagram.
 
 use std::{
-    collections::{BTreeSet, HashMap},
+    collections::{BTreeSet, HashMap, VecDeque},
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     ops::Range,
     sync::Arc,
@@ -56,6 +56,10 @@ const HANDSHAKE_RATE: u64 = 200;
 const RETRY_FIRST: Duration = Duration::from_millis(100);
 /// From here on WireGuard's own repetition is soon enough.
 const RETRY_LAST: Duration = Duration::from_secs(2);
+/// How many callers we remember that no map has named yet, and for how long: until they repeat
+/// their handshake by themselves.
+const CALLERS: usize = 64;
+const CALLED: Duration = Duration::from_secs(6);
 /// How long the news of a peer's restart may be on its way.
 const NEWS: Duration = Duration::from_secs(10);
 /// WireGuard's timers are in whole seconds; this is often enough to keep them.
@@ -242,6 +246,8 @@ pub struct Router {
     routes: ts_bart::Table<usize>,
     preferences: Preferences,
     filter: Filter,
+    /// Who began a handshake before the map named it.
+    callers: VecDeque<(NodePublicKey, Instant)>,
     endpoints: Vec<SocketAddr>,
     /// Regions of the map whose relays are not known to be out of reach.
     relays: BTreeSet<RegionId>,
@@ -319,6 +325,7 @@ impl Router {
             routes: ts_bart::Table::default(),
             preferences: Preferences::default(),
             filter: Filter::default(),
+            callers: VecDeque::new(),
             endpoints: Vec::new(),
             relays: BTreeSet::new(),
             lost_a_path: false,
@@ -515,6 +522,9 @@ impl Router {
         out: &mut Out,
     ) {
         let Some(&slot) = self.by_key.get(key) else {
+            if let Ok(WireGuardPacket::HandshakeInit(_)) = Tunn::parse_incoming_packet(datagram) {
+                self.called(*key, now);
+            }
             return;
         };
         self.peers[slot].seen_at = region;
@@ -624,7 +634,9 @@ impl Router {
         if node.expired {
             return self.remove(node.id);
         }
+        let called = |&(key, at): &(NodePublicKey, Instant)| key == node.key && now < at + CALLED;
         let slot = *self.by_id.entry(node.id).or_insert_with(|| {
+            let calls_back = self.callers.iter().any(called);
             self.peers.insert(Peer {
                 id: node.id,
                 key: node.key,
@@ -636,7 +648,7 @@ impl Router {
                 sealed: None,
                 routes: Vec::new(),
                 tunnel: None,
-                retry: None,
+                retry: calls_back.then_some((now, RETRY_FIRST)),
                 path: Path::default(),
                 home: 0,
                 seen_at: 0,
@@ -646,6 +658,9 @@ impl Router {
         });
         self.by_key.insert(node.key, slot);
         let peer = &mut self.peers[slot];
+        if peer.retry.is_some() && peer.tunnel.is_none() {
+            peer.tunnel = Some(Self::tunnel(&self.private, &peer.key, slot, &self.limiter));
+        }
         if let Some((at, _)) = &mut peer.retry {
             // Now it may be where it could not be reached a moment ago.
             *at = now;
@@ -747,6 +762,16 @@ impl Router {
         ))
     }
 
+    /// Remembers a node that talks to us before the map names it: as soon as it does, we call back,
+    /// since WireGuard's own repetition comes after 5 s only.
+    fn called(&mut self, key: NodePublicKey, now: Instant) {
+        self.callers.retain(|(caller, _)| *caller != key);
+        if self.callers.len() == CALLERS {
+            self.callers.pop_front();
+        }
+        self.callers.push_back((key, now));
+    }
+
     fn wireguard(
         &mut self,
         sender: Option<usize>,
@@ -779,6 +804,7 @@ impl Router {
                 };
                 let key = NodePublicKey::from_bytes(half.peer_static_public);
                 let Some(&slot) = self.by_key.get(&key) else {
+                    self.called(key, now);
                     return;
                 };
                 begins = true;
@@ -1464,6 +1490,20 @@ mod tests {
                 .direct(world.now)
                 .is_some()
         );
+    }
+
+    #[test]
+    fn who_called_before_the_map_named_it_is_called_back() {
+        for udp_works in [true, false] {
+            let mut world = World::new(udp_works, |_| allow_all());
+            let peer = world.node(0);
+            tell(&mut world, &[], &[0]);
+            world.say(0, b"hello");
+            assert!(world.heard(1).is_empty());
+            tell(&mut world, &[(0, peer)], &[0]);
+            world.tick();
+            assert_eq!(world.heard(1), [b"hello"]);
+        }
     }
 
     #[test]

@@ -71,7 +71,7 @@ fn mid_flow(web: &Ours, gopher: &Gopher, change: impl Fn(usize)) {
     for side in [0, 1] {
         change(side);
         for stream in &streams {
-            flows(stream, 30);
+            flows(stream, PATIENCE);
         }
         // Go's client asks for its public endpoint every 20 s to 26 s.
         within(60, "the path is direct", || {

@@ -57,9 +57,13 @@ fn ephemeral(server: Server) {
     let key = web.host.auth_key("brief.key", &scene.key(&["--ephemeral"]));
     let options = json!({ "auth-key": key, "ephemeral": "true" });
     web.host.attach_to(&container, "fleeting", options).unwrap();
-    within(5, "the node is there", || gopher.peer("brief").is_some());
+    within(PATIENCE, "the node is there", || {
+        gopher.peer("brief").is_some()
+    });
     drop(container);
-    within(5, "the node is gone", || gopher.peer("brief").is_none());
+    within(PATIENCE, "the node is gone", || {
+        gopher.peer("brief").is_none()
+    });
 }
 
 fn expired(server: Server) {
@@ -77,7 +81,7 @@ fn tagged(server: Server) {
     let tag = scene.tag_flags("tag:web");
     let gopher = scene.gopher("gopher", &scene.key(&[]), scene.host());
     let web = scene.ours("web", &scene.key(&tag), scene.host());
-    within(5, "the tag is seen", || {
+    within(PATIENCE, "the tag is seen", || {
         gopher
             .peer("web")
             .is_some_and(|peer| peer["Tags"] == json!(["tag:web"]))
@@ -174,7 +178,7 @@ fn server_away(server: Server) {
     let web = Ours::attach(host, container.started_again()).unwrap();
     assert!(began.elapsed() < Duration::from_secs(10));
     reach(&web, &gopher.addresses[..1]);
-    within(30, "our status tells it", || {
+    within(PATIENCE, "our status tells it", || {
         web.node()["login"]["state"] == "offline"
     });
 

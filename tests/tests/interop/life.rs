@@ -41,10 +41,10 @@ fn expired_rejoins(server: Server) {
     let key_of = || gopher.peer("web").map(|peer| peer["PublicKey"].clone());
     let before = key_of();
     scene.expire("web");
-    within(30, "the peer hears of the new key", || {
+    within(PATIENCE, "the peer hears of the new key", || {
         key_of().is_some_and(|now| Some(now) != before)
     });
-    within(5, "the node runs again", || web.state() == "running");
+    within(PATIENCE, "the node runs again", || web.state() == "running");
     assert!(
         web.host.log().contains("Expired"),
         "the log does not say so"
@@ -62,12 +62,12 @@ fn expired_asks(server: Server) {
     same_bytes(&web, &gopher, 1000);
     scene.expire("web");
     let page = web.page("its key has expired");
-    within(30, "the peer sends nothing more", || {
+    within(PATIENCE, "the peer sends nothing more", || {
         !passes(&gopher, web.addresses[0])
     });
     assert!(!passes(&web, gopher.addresses[0]), "the peer takes packets");
     scene.approve(&page);
-    within(30, "the node runs again", || web.state() == "running");
+    within(PATIENCE, "the node runs again", || web.state() == "running");
     assert_eq!(web.addresses_now(), web.addresses);
     reach(&gopher, &web.addresses);
     same_bytes(&web, &gopher, 1_000_000);
@@ -78,7 +78,7 @@ fn expired_peer(server: Server) {
     let (web, gopher) = scene.pair(scene.host(), scene.host());
     reach(&web, &gopher.addresses);
     scene.expire("gopher");
-    within(30, "we send nothing more", || {
+    within(PATIENCE, "we send nothing more", || {
         !passes(&web, gopher.addresses[0])
     });
     assert!(!passes(&gopher, web.addresses[0]), "we take its packets");
@@ -96,7 +96,9 @@ fn deleted(server: Server) {
     let gone = |web: &Ours| {
         scene.delete("web");
         let page = web.page("deleted");
-        within(10, "the peer forgets it", || gopher.peer("web").is_none());
+        within(PATIENCE, "the peer forgets it", || {
+            gopher.peer("web").is_none()
+        });
         assert!(!passes(&web.container, gopher.addresses[0]));
         page
     };
@@ -155,7 +157,7 @@ fn renamed(server: Server) {
         (&gopher, format!("shop.{DOMAIN}"), &web.addresses[..1]),
     ];
     for (asker, name, addresses) in names {
-        within(10, &format!("{name} is resolved"), || {
+        within(PATIENCE, &format!("{name} is resolved"), || {
             asker.resolve(resolver, &name).as_deref() == Ok(addresses)
         });
     }
@@ -175,7 +177,7 @@ fn logout(server: Server) {
     assert_eq!(web.state(), "stopped");
     let status = web.host.tailnode(&["status"]).unwrap();
     assert!(status.contains("restart the container"), "{status}");
-    within(10, "the peer sends nothing more", || {
+    within(PATIENCE, "the peer sends nothing more", || {
         !passes(&gopher, web.addresses[0])
     });
     assert!(!passes(&web, gopher.addresses[0]));
@@ -194,7 +196,7 @@ fn logout_peer(server: Server) {
     let (web, gopher) = scene.pair(scene.host(), scene.host());
     reach(&web, &gopher.addresses);
     gopher.log_out();
-    within(30, "we send nothing more", || {
+    within(PATIENCE, "we send nothing more", || {
         let peers = web.node()["peers"].clone();
         let peers = peers.as_array().cloned().unwrap_or_default();
         peers.iter().all(|peer| peer["online"] != true)
@@ -211,7 +213,7 @@ fn server_restart(server: Server) {
     let (web, gopher) = scene.pair(scene.host(), scene.host());
     let db = scene.ours("db", &scene.key(&["--reusable"]), scene.host());
     direct(&web, &gopher);
-    within(10, "its endpoints are known", || {
+    within(PATIENCE, "its endpoints are known", || {
         let peer = gopher.peer("db").unwrap_or_default();
         peer["Relay"]
             .as_str()
@@ -224,7 +226,7 @@ fn server_restart(server: Server) {
     // These two have not met.
     arrives(&db, &gopher, gopher.addresses[0], 30);
     talk.goes_on(1_000_000);
-    within(30, "the status says so", || web.state() == "offline");
+    within(PATIENCE, "the status says so", || web.state() == "offline");
     scene.restart_server();
     talk.goes_on(1_000_000);
     within(60, "the nodes are back", || {
@@ -327,7 +329,7 @@ fn mischief(server: Server, mischief: Mischief, seconds: u64) {
             break;
         }
     }
-    within(5, "the node runs", || web.state() == "running");
+    within(PATIENCE, "the node runs", || web.state() == "running");
     talk.goes_on(1_000_000);
 }
 
@@ -356,7 +358,7 @@ fn crowd(server: Server) {
     }
     same_bytes(&web, &gopher, 1_000_000);
     let web = web.restarted().unwrap();
-    within(30, "all are known again", || peers(&web) == left + 1);
+    within(PATIENCE, "all are known again", || peers(&web) == left + 1);
     reach(&web, &gopher.addresses);
     reach(&gopher, &web.addresses);
 }
@@ -434,11 +436,11 @@ fn server_speaks(server: Server) {
         "Debug": { "Exit": 7, "DisableLogTail": true },
     });
     scene.administer("tell?node=web", &message.to_string());
-    within(10, "the status shows it", || {
+    within(PATIENCE, "the status shows it", || {
         let status = web.host.tailnode(&["status"]).unwrap();
         status.contains("the moon is full") && status.contains("New terms: they are long")
     });
-    within(5, "the log shows it", || {
+    within(PATIENCE, "the log shows it", || {
         web.host.log().contains("exit is ignored")
     });
     same_bytes(&web, &gopher, 1000);

@@ -15,7 +15,7 @@ fn locked() -> (Scene, Ours, Gopher) {
     reach(&web, &gopher.addresses);
     gopher.lock();
     tell_all(&scene);
-    within(10, "the lock is seen", || {
+    within(PATIENCE, "the lock is seen", || {
         web.host.log().contains("tailnet lock on=true")
     });
     (scene, web, gopher)
@@ -40,7 +40,7 @@ fn signed(_: Server) {
 fn unsigned(_: Server) {
     let (scene, web, gopher) = locked();
     let stranger = scene.gopher("stranger", &scene.key(&[]), scene.host());
-    within(10, "the status says so", || {
+    within(PATIENCE, "the status says so", || {
         health(&web).contains("stranger.demo.internal are not signed")
     });
     assert!(!passes(&web, stranger.addresses[0]));
@@ -57,7 +57,7 @@ fn ours_unsigned(_: Server) {
     let (scene, web, gopher) = locked();
     let db = scene.ours("db", &scene.key(&[]), scene.host());
     let mut said = String::new();
-    within(10, "the status says so", || {
+    within(PATIENCE, "the status says so", || {
         said = health(&db);
         said.contains("this node is not signed")
     });
@@ -80,7 +80,7 @@ fn offline(_: Server) {
     let (scene, web, gopher) = locked();
     direct(&web, &gopher);
     let _stranger = scene.gopher("stranger", &scene.key(&[]), scene.host());
-    within(10, "the stranger is seen", || {
+    within(PATIENCE, "the stranger is seen", || {
         health(&web).contains("stranger")
     });
     // The map is written to disk a few seconds after it came.
@@ -97,7 +97,7 @@ fn api_only(_: Server) {
     let ingress = scene.gopher("ingress", &scene.key(&[]), scene.host());
     scene.administer("unsigned?node=ingress", "");
     let peers = || web.node()["peers"].to_string();
-    within(10, "it is in the map", || {
+    within(PATIENCE, "it is in the map", || {
         peers().contains("ingress.demo.internal")
     });
     assert!(!passes(&ingress, web.addresses[0]), "it was let in");

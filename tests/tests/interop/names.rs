@@ -24,7 +24,7 @@ fn magicdns(server: Server) {
     let scene = Scene::new(server);
     let (web, gopher) = scene.pair(scene.host(), scene.host());
     let resolver = MAGIC_DNS.parse().unwrap();
-    within(5, "the short name is resolved", || {
+    within(PATIENCE, "the short name is resolved", || {
         web.resolve(resolver, "gopher").as_ref() == Ok(&gopher.addresses)
     });
     // Go's client tells no IPv6 address of who has an IPv4 one.
@@ -106,7 +106,7 @@ fn long(server: Server) {
     let _public = NameServer::start(&scene.underlay, NameServer::PUBLIC, &known);
     let (web, gopher) = scene.pair(scene.host(), scene.host());
     for asker in [&*web, &*gopher] {
-        within(5, "the long text is told", || {
+        within(PATIENCE, "the long text is told", || {
             let told = asker.text_of(MAGIC_DNS.parse().unwrap(), "long.example.org.");
             told == Ok((text.clone(), true))
         });
@@ -136,7 +136,7 @@ const SOMEWHERE: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 1);
 
 /// The name is resolved to these addresses.
 fn is_at(asker: &Namespace, name: &str, addresses: &[IpAddr]) {
-    within(5, &format!("{name} is resolved"), || {
+    within(PATIENCE, &format!("{name} is resolved"), || {
         asker.resolve(MAGIC_DNS.parse().unwrap(), name).as_deref() == Ok(addresses)
     });
 }

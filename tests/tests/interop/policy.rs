@@ -25,11 +25,11 @@ fn default_deny(server: Server) {
     // Nothing but the policy lies between them.
     scene.set_policy(&[("*".into(), "*:*".into())]);
     for (from, to) in ways {
-        within(5, &format!("{to} is reached"), || passes(from, to));
+        within(PATIENCE, &format!("{to} is reached"), || passes(from, to));
     }
     scene.set_policy(&[]);
     for (from, to) in ways {
-        within(5, &format!("{to} is shut"), || !passes(from, to));
+        within(PATIENCE, &format!("{to} is shut"), || !passes(from, to));
     }
 }
 
@@ -40,8 +40,10 @@ fn one_way(server: Server) {
     let theirs: (&Namespace, IpAddr) = (&gopher, gopher.addresses[0]);
     for ((from, source), (to, destination)) in [(theirs, ours), (ours, theirs)] {
         scene.set_policy(&[(source.to_string(), format!("{destination}:*"))]);
-        within(5, "the other way is shut", || !passes(to, source));
-        within(5, "the allowed way is open", || passes(from, destination));
+        within(PATIENCE, "the other way is shut", || !passes(to, source));
+        within(PATIENCE, "the allowed way is open", || {
+            passes(from, destination)
+        });
         exchange(from, to, destination, 1_000_000);
         assert!(!passes(to, source), "{destination} reached {source}");
     }
@@ -59,8 +61,12 @@ fn port(server: Server) {
         let listen = |port| to.run(|| TcpListener::bind(("::", port))).unwrap();
         let _listening = [listen(one), listen(other)];
         scene.set_policy(&[("*".to_owned(), format!("{address}:{one}"))]);
-        within(5, "the other port is shut", || !opens(from, address, other));
-        within(5, "the allowed port is open", || opens(from, address, one));
+        within(PATIENCE, "the other port is shut", || {
+            !opens(from, address, other)
+        });
+        within(PATIENCE, "the allowed port is open", || {
+            opens(from, address, one)
+        });
     }
 }
 
@@ -82,14 +88,14 @@ fn icmp(server: Server) {
             scene.enforce(&json!({ "acls": [rule] }));
         };
         rule("icmp", "*".to_owned());
-        within(5, "TCP is shut", || !opens(from, address, PORT));
-        within(5, "a ping passes", || passes(from, address));
+        within(PATIENCE, "TCP is shut", || !opens(from, address, PORT));
+        within(PATIENCE, "a ping passes", || passes(from, address));
         assert!(!opens(from, address, PORT), "{address} took a connection");
         rule("tcp", PORT.to_string());
-        within(5, "TCP is open", || opens(from, address, PORT));
+        within(PATIENCE, "TCP is open", || opens(from, address, PORT));
         assert!(passes(from, address), "{address} took no ping");
         scene.set_policy(&[]);
-        within(5, "no ping passes", || !passes(from, address));
+        within(PATIENCE, "no ping passes", || !passes(from, address));
     }
 }
 
@@ -120,7 +126,7 @@ fn tags(server: Server) {
         };
         let listen = |at: &Namespace, port| at.run(|| TcpListener::bind(("::", port))).unwrap();
         let _listening = [listen(db.0, PORT), listen(db.0, OTHER), listen(web.0, PORT)];
-        within(10, "web reaches db", || opens(web.0, db.1, PORT));
+        within(PATIENCE, "web reaches db", || opens(web.0, db.1, PORT));
         assert!(!opens(web.0, db.1, OTHER), "web reached another port");
         assert!(!opens(db.0, web.1, PORT), "db reached web");
         assert!(!opens(&stranger, db.1, PORT), "a stranger reached db");
@@ -140,7 +146,7 @@ fn changed(server: Server) {
     for (from, to, address) in ways {
         let rule = |port| ("*".to_owned(), format!("{address}:{port}"));
         scene.set_policy(&[rule(KEPT), rule(GONE)]);
-        within(5, "the way is open", || passes(from, address));
+        within(PATIENCE, "the way is open", || passes(from, address));
         let kept = flow(from, to, address, KEPT);
         let gone = flow(from, to, address, GONE);
         scene.set_policy(&[rule(KEPT)]);

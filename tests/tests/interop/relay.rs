@@ -53,7 +53,7 @@ fn path_lost(server: Server) {
     arrives(&gopher, &web, web.addresses[0], 5);
     // TCP itself tries again after 0.2 s, 0.4 s and so on: within as long as the path was lost.
     for stream in &streams {
-        flows(stream, 15);
+        flows(stream, PATIENCE);
     }
     relayed(&web, &gopher);
     scene.underlay.unblock_udp();
@@ -62,7 +62,7 @@ fn path_lost(server: Server) {
     });
     direct(&web, &gopher);
     for stream in streams {
-        flows(&stream, 5);
+        flows(&stream, PATIENCE);
         stream.finish();
     }
 }
@@ -77,7 +77,7 @@ fn two_regions(server: Server) {
             scene.host_far_from(far(ours)),
             scene.host_far_from(far(theirs)),
         );
-        within(30, "each is at home in another region", || {
+        within(PATIENCE, "each is at home in another region", || {
             web.home_relay() == code(ours) && gopher.home_relay() == code(theirs)
         });
         relayed(&web, &gopher);
@@ -108,13 +108,13 @@ fn untrusted(server: Server) {
     scene.underlay.block_udp();
     let (web, gopher) = scene.pair(scene.host_far_from(FIRST), scene.host_far_from(OTHER));
     let told = |text: String| text.contains("no trusted TLS connection to 10.9.0.2");
-    within(30, "our status tells why", || {
+    within(PATIENCE, "our status tells why", || {
         told(web.node()["health"].to_string()) && told(web.host.status_text())
     });
     assert!(told(web.host.log()), "the log does not tell why");
     // Nothing passes there, and all by the other region.
     relayed(&web, &gopher);
-    within(30, "our home is the other region", || {
+    within(PATIENCE, "our home is the other region", || {
         web.home_relay() == scene.first()
     });
     same_bytes(&web, &gopher, 1_000_000);
@@ -124,7 +124,7 @@ fn home_lost(server: Server) {
     let mut scene = Scene::two_regions(server);
     scene.underlay.block_udp();
     let (web, gopher) = scene.pair(scene.host_far_from(FIRST), scene.host_far_from(OTHER));
-    within(30, "our home is the second region", || {
+    within(PATIENCE, "our home is the second region", || {
         web.home_relay() == SECOND
     });
     relayed(&web, &gopher);
@@ -151,7 +151,7 @@ fn home_lost_both(server: Server) {
     scene.underlay.block_udp();
     let machine = || scene.host_far_from(FIRST);
     let (web, gopher) = scene.pair(machine(), machine());
-    within(30, "both are at home in the second region", || {
+    within(PATIENCE, "both are at home in the second region", || {
         web.home_relay() == SECOND && gopher.home_relay() == SECOND
     });
     relayed(&web, &gopher);
@@ -171,7 +171,7 @@ fn home_vanished(server: Server) {
     let scene = Scene::two_regions(server);
     scene.underlay.block_udp();
     let (web, gopher) = scene.pair(scene.host_far_from(FIRST), scene.host_far_from(OTHER));
-    within(30, "our home is the second region", || {
+    within(PATIENCE, "our home is the second region", || {
         web.home_relay() == SECOND
     });
     relayed(&web, &gopher);

@@ -58,7 +58,9 @@ impl Lan {
 
     fn is_not_reached(&self, from: &Namespace) {
         for address in self.addresses {
-            within(10, "the subnet is out of reach", || !passes(from, address));
+            within(PATIENCE, "the subnet is out of reach", || {
+                !passes(from, address)
+            });
         }
     }
 }
@@ -94,7 +96,7 @@ fn internet_beside(container: &Namespace) -> Namespace {
 fn source(taker: &Namespace, from: &Namespace, address: IpAddr) -> IpAddr {
     let listener = taker.run(|| TcpListener::bind((address, 0))).unwrap();
     let to = listener.local_addr().unwrap();
-    let patience = Duration::from_secs(10);
+    let patience = Duration::from_secs(PATIENCE);
     let stream = from.run(|| TcpStream::connect_timeout(&to, patience));
     let _stream = stream.unwrap_or_else(|error| panic!("to {to}: {error}"));
     listener.accept().unwrap().1.ip()
@@ -163,7 +165,7 @@ fn accept(server: Server) {
 
     scene.set_routes("router", &[]);
     lan.is_not_reached(&web);
-    within(5, "the routes are gone", || {
+    within(PATIENCE, "the routes are gone", || {
         !web.ip("route show").contains("10.20.0.0/24")
     });
     scene.set_routes("router", &lan.routes);
@@ -190,7 +192,7 @@ fn advertise(server: Server) {
     lan.is_reached(&near);
     // Headscale does not tell a router what was approved until it connects again.
     if !matches!(server, H) {
-        within(10, "the router knows that it is one", || {
+        within(PATIENCE, "the router knows that it is one", || {
             let status = router.host.status_of(&router.container).unwrap();
             status["node"]["routes"]["routed"] == json!(lan.routes)
         });
@@ -222,7 +224,7 @@ fn name_server(server: Server) {
     let gopher = their_client(&scene, &key, "gopher");
     for asker in [&web as &Namespace, &gopher] {
         reach(asker, &[office.into()]);
-        within(10, "the name is resolved", || {
+        within(PATIENCE, "the name is resolved", || {
             asker.resolve(MAGIC_DNS.parse().unwrap(), &name) == Ok(vec![INTERNET[0]])
         });
     }
@@ -243,14 +245,14 @@ fn policy(server: Server) {
     let _listening = [listen(8001), listen(8002)];
     let who = gopher.addresses[0].to_string();
     scene.set_policy(&[(who.clone(), format!("{address}:8001"))]);
-    within(5, "the other port is shut", || {
+    within(PATIENCE, "the other port is shut", || {
         !opens(&gopher, address, 8002)
     });
-    within(5, "the allowed port is open", || {
+    within(PATIENCE, "the allowed port is open", || {
         opens(&gopher, address, 8001)
     });
     scene.set_policy(&[(who, "10.30.0.0/24:*".into())]);
-    within(5, "all is shut", || !opens(&gopher, address, 8001));
+    within(PATIENCE, "all is shut", || !opens(&gopher, address, 8001));
 }
 
 fn approved_by_policy(server: Server) {
@@ -304,7 +306,7 @@ fn relieve<T>(scene: &Scene, second: &Lan, client: &Namespace, first: T) {
     let address = second.addresses[0];
     let listener = || TcpListener::bind((address, 8003));
     let _listener = second.machine.run(listener).unwrap();
-    within(30, "the second router has the turn", || {
+    within(PATIENCE, "the second router has the turn", || {
         opens(client, address, 8003)
     });
     second.is_reached(client);
@@ -358,7 +360,7 @@ fn exit_used(server: Server) {
     }
     drop(gopher);
     for address in INTERNET {
-        within(10, "the exit is gone", || !passes(&web, address));
+        within(PATIENCE, "the exit is gone", || !passes(&web, address));
     }
     // And with the daemon gone, too.
     let Ours {
@@ -367,7 +369,9 @@ fn exit_used(server: Server) {
         ..
     } = web;
     host.kill();
-    within(5, "the device is gone", || container.links() == ["wan"]);
+    within(PATIENCE, "the device is gone", || {
+        container.links() == ["wan"]
+    });
     for address in INTERNET {
         assert!(
             !passes(&container, address),
@@ -406,7 +410,7 @@ fn exit_offered(server: Server) {
     });
     let gopher = scene.gopher("gopher", &key, scene.host());
     scene.set_routes("router", &["0.0.0.0/0", "::/0"]);
-    within(10, "the exit is offered", || {
+    within(PATIENCE, "the exit is offered", || {
         gopher
             .peer("router")
             .is_some_and(|peer| peer["ExitNodeOption"] == true)

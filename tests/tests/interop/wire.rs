@@ -19,7 +19,7 @@ fn derper(server: Server) {
     scene.underlay.block_udp();
     let machine = || scene.host_far_from(Underlay::ROUTER);
     let (web, gopher) = scene.pair(machine(), machine());
-    within(30, "both are at home there", || {
+    within(PATIENCE, "both are at home there", || {
         web.home_relay() == SECOND && gopher.home_relay() == SECOND
     });
     relayed(&web, &gopher);
@@ -34,7 +34,7 @@ fn stun(server: Server) {
     let (web, gopher) = scene.pair(ours.host(), theirs.host());
     // The first host of the underlay is the NAT that ours is behind.
     let outside = IpAddr::V4(Ipv4Addr::new(10, 9, 1, 2));
-    within(30, "theirs knows our outside", || {
+    within(PATIENCE, "theirs knows our outside", || {
         let endpoints = gopher.endpoints_of("web");
         endpoints.iter().any(|endpoint| endpoint.ip() == outside)
     });
@@ -95,7 +95,7 @@ fn status(server: Server) {
         ("gopher", gopher.addresses[0]),
     ];
     for (name, address) in all {
-        within(10, &format!("{name} is seen"), || sees(name, address));
+        within(PATIENCE, &format!("{name} is seen"), || sees(name, address));
     }
     reach(&gopher, &web.addresses);
     scene.stop_server();
