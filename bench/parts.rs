@@ -209,7 +209,7 @@ impl Side {
     fn meet(&mut self, me: Node, peer: Node) {
         let netmap = Netmap {
             myself: me,
-            peers: [(peer.id, peer)].into(),
+            peers: [(peer.id, peer.into())].into(),
             filters: BTreeMap::from([("base".to_owned(), vec![allow("*")])]),
             ..Netmap::default()
         };

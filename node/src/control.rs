@@ -1195,6 +1195,7 @@ mod tests {
             self.netmap
                 .peers
                 .values()
+                .map(Arc::as_ref)
                 .find(|peer| peer.name.starts_with(name))
         }
     }

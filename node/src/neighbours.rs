@@ -14,11 +14,15 @@ use std::{
 use tailnode_wire::keys::NodePublicKey;
 use tracing::trace;
 
-use crate::{device::Device, dns, offload::Burst, packet::Packet, router::Router};
+use crate::{device::Device, dns, netmap::Known, offload::Burst, packet::Packet, router::Router};
 
-/// Nodes that find each other by their keys. Cheap to clone; all clones are the same.
+/// Nodes that find each other by their keys, and share what they know of their peers. Cheap to clone;
+/// all clones are the same.
 #[derive(Clone, Default)]
-pub struct Neighbours(Arc<RwLock<HashMap<NodePublicKey, Weak<Door>>>>);
+pub struct Neighbours {
+    doors: Arc<RwLock<HashMap<NodePublicKey, Weak<Door>>>>,
+    pub(crate) known: Known,
+}
 
 impl fmt::Debug for Neighbours {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -58,13 +62,13 @@ impl Neighbours {
 
     /// The node that has this key, if it is one of ours.
     pub(crate) fn find(&self, key: &NodePublicKey) -> Option<Arc<Door>> {
-        let nodes = self.0.read().unwrap_or_else(PoisonError::into_inner);
+        let nodes = self.doors.read().unwrap_or_else(PoisonError::into_inner);
         nodes.get(key).and_then(Weak::upgrade)
     }
 
     fn write<T>(&self, change: impl FnOnce(&mut HashMap<NodePublicKey, Weak<Door>>) -> T) -> T {
         // A panic elsewhere leaves the map whole: each change is one insertion or removal.
-        change(&mut self.0.write().unwrap_or_else(PoisonError::into_inner))
+        change(&mut self.doors.write().unwrap_or_else(PoisonError::into_inner))
     }
 }
 

@@ -7,11 +7,12 @@
 
 use std::{
     collections::{BTreeMap, HashMap},
-    mem,
+    fmt, mem,
+    sync::{Arc, Mutex, PoisonError, Weak},
 };
 
 use base64::{Engine, engine::general_purpose::STANDARD};
-use chrono::{DateTime, Datelike, Utc};
+use chrono::{DateTime, Datelike, SubsecRound, Utc};
 use serde::{Deserialize, Serialize};
 use tailnode_wire::{
     keys::NodePublicKey,
@@ -29,7 +30,7 @@ pub struct Netmap {
     /// The node itself.
     pub myself: Node,
     /// The peers that it may talk to.
-    pub peers: HashMap<NodeId, Node>,
+    pub peers: HashMap<NodeId, Arc<Node>>,
     /// Peers withheld because tailnet lock wants a signature that they do not have.
     pub locked_out: HashMap<NodeId, Node>,
     /// The relays.
@@ -48,6 +49,53 @@ pub struct Netmap {
     pub display_messages: BTreeMap<String, DisplayMessage>,
     /// Tailnet lock.
     pub lock: Lock,
+    /// What other nodes of this process know of the same peers.
+    #[serde(skip)]
+    pub known: Known,
+}
+
+/// Peers as nodes of one process know them, so that a peer that many know alike is in memory once.
+/// Cheap to clone; all clones are the same.
+#[derive(Clone, Default)]
+pub struct Known(Arc<Mutex<HashMap<NodePublicKey, Weak<Node>>>>);
+
+impl Known {
+    /// The peer, as another node knows it or as it is.
+    fn share(&self, peer: Node) -> Arc<Node> {
+        let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(shared) = known.get(&peer.key).and_then(Weak::upgrade)
+            && *shared == peer
+        {
+            return shared;
+        }
+        // What nobody knows any more goes before there would have to be more room.
+        if known.len() == known.capacity() && !known.contains_key(&peer.key) {
+            known.retain(|_, peer| peer.strong_count() > 0);
+        }
+        let shared = Arc::new(peer);
+        known.insert(shared.key, Arc::downgrade(&shared));
+        shared
+    }
+
+    /// The same after a change.
+    fn edit(&self, peer: &mut Arc<Node>, edit: impl FnOnce(&mut Node)) {
+        let mut edited = Node::clone(peer);
+        edit(&mut edited);
+        *peer = self.share(edited);
+    }
+}
+
+impl fmt::Debug for Known {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Known").finish_non_exhaustive()
+    }
+}
+
+/// What others know makes no difference.
+impl PartialEq for Known {
+    fn eq(&self, _: &Self) -> bool {
+        true
+    }
 }
 
 /// Whether peers need a signature.
@@ -121,11 +169,20 @@ impl Default for Netmap {
             health: Vec::new(),
             display_messages: BTreeMap::new(),
             lock: Lock::Off,
+            known: Known::default(),
         }
     }
 }
 
 impl Netmap {
+    /// Has its peers in memory once with all maps that do the same.
+    pub fn share(&mut self, known: Known) {
+        for peer in self.peers.values_mut() {
+            *peer = known.share(Node::clone(peer));
+        }
+        self.known = known;
+    }
+
     /// Takes the first message of a stream, `now` being when it came.
     ///
     /// A stream begins with everything, so what its first message does not mention is gone.
@@ -133,6 +190,7 @@ impl Netmap {
         let fresh = Self {
             myself: self.myself.clone(),
             lock: self.lock.clone(),
+            known: self.known.clone(),
             ..Self::default()
         };
         let old = mem::replace(self, fresh);
@@ -152,6 +210,8 @@ impl Netmap {
 
     /// Takes one more message of the stream. `now` is when it came.
     pub fn apply(&mut self, message: MapResponse, now: DateTime<Utc>) -> Changes {
+        // Nodes of one host hear of the same in the same second, most of the time.
+        let now = now.trunc_subsecs(0);
         let mut changes = Changes::default();
         let withheld = self.locked_out.len();
 
@@ -201,8 +261,10 @@ impl Netmap {
         changes.peers.dedup();
         // Servers only say when keys expire, and leave it to us to see that they have.
         for id in &changes.peers {
-            if let Some(peer) = self.peers.get_mut(id) {
-                peer.expired = is_expired(peer, now);
+            if let Some(peer) = self.peers.get_mut(id)
+                && peer.expired != is_expired(peer, now)
+            {
+                self.known.edit(peer, |peer| peer.expired = !peer.expired);
             }
         }
 
@@ -259,7 +321,8 @@ impl Netmap {
         };
         let old = mem::take(&mut self.peers);
         let withheld = mem::take(&mut self.locked_out);
-        for peer in old.clone().into_values().chain(withheld.into_values()) {
+        let peers = old.values().map(|peer| Node::clone(peer));
+        for peer in peers.chain(withheld.into_values()) {
             self.put(peer);
         }
         self.differences(old, &mut changes.peers);
@@ -272,7 +335,7 @@ impl Netmap {
         let mut expired = Vec::new();
         for (id, peer) in &mut self.peers {
             if !peer.expired && is_expired(peer, now) {
-                peer.expired = true;
+                self.known.edit(peer, |peer| peer.expired = true);
                 expired.push(*id);
             }
         }
@@ -344,7 +407,7 @@ impl Netmap {
 
     /// Looks again whether a peer is a member, since its key or signature changed.
     fn judge(&mut self, id: NodeId, changes: &mut Changes) {
-        let peer = self.peers.remove(&id);
+        let peer = self.peers.remove(&id).map(Arc::unwrap_or_clone);
         if let Some(peer) = peer.or_else(|| self.locked_out.remove(&id)) {
             self.put(peer);
             changes.peers.push(id);
@@ -364,25 +427,25 @@ impl Netmap {
             return self.peers.remove(&id).is_some();
         }
         self.locked_out.remove(&id);
-        let known = self.peers.get(&id);
-        if known == Some(&peer) {
+        let before = self.peers.get(&id);
+        if before.is_some_and(|before| **before == peer) {
             return false;
         }
-        if is_masqueraded(&peer) && !known.is_some_and(is_masqueraded) {
+        if is_masqueraded(&peer) && !before.is_some_and(|before| is_masqueraded(before)) {
             warn!(
                 peer = peer.name,
                 "this peer knows the node by another address, which tailnode cannot translate yet: \
                  it is not reachable"
             );
         }
-        self.peers.insert(id, peer);
+        self.peers.insert(id, self.known.share(peer));
         true
     }
 
     /// Edits a known peer; one that is not known is left to the message that adds it.
     fn edit(&mut self, id: NodeId, changes: &mut Changes, edit: impl FnOnce(&mut Node)) {
         if let Some(peer) = self.peers.get_mut(&id) {
-            edit(peer);
+            self.known.edit(peer, edit);
             changes.peers.push(id);
         } else if let Some(peer) = self.locked_out.get_mut(&id) {
             edit(peer);
@@ -390,7 +453,7 @@ impl Netmap {
     }
 
     /// Numbers of peers that are new, gone or different since `old`.
-    fn differences(&self, mut old: HashMap<NodeId, Node>, into: &mut Vec<NodeId>) {
+    fn differences(&self, mut old: HashMap<NodeId, Arc<Node>>, into: &mut Vec<NodeId>) {
         into.extend(
             self.peers
                 .iter()
@@ -545,6 +608,52 @@ mod tests {
     /// As the server writes it: absent, `null` and empty are different things on the wire.
     fn json(text: &str) -> MapResponse {
         serde_json::from_str(text).unwrap()
+    }
+
+    #[test]
+    fn nodes_of_one_host_have_a_peer_in_memory_once() {
+        let known = Known::default();
+        let mut maps = [Netmap::default(), Netmap::default()];
+        let seen = |peers_changed: Vec<Node>| MapResponse {
+            peers_changed,
+            ..MapResponse::default()
+        };
+        let are_one = |maps: &[Netmap; 2]| Arc::ptr_eq(&maps[0].peers[&2], &maps[1].peers[&2]);
+        for map in &mut maps {
+            map.apply(seen(vec![peer(2)]), now());
+        }
+        assert!(!are_one(&maps));
+        maps.iter_mut().for_each(|map| map.share(known.clone()));
+        assert!(are_one(&maps));
+        for map in &mut maps {
+            let online_change = [(2, true)].into();
+            let change = MapResponse {
+                online_change,
+                ..MapResponse::default()
+            };
+            assert_eq!(map.apply(change, now()).peers, [2]);
+        }
+        assert!(are_one(&maps) && maps[0].peers[&2].online == Some(true));
+        // One is told something else.
+        let mut other = peer(2);
+        other.tags = vec!["tag:other".to_owned()];
+        maps[0].apply(seen(vec![other]), now());
+        assert!(!are_one(&maps) && maps[1].peers[&2].tags.is_empty());
+        // What nobody knows any more makes room.
+        drop(maps);
+        let mut map = Netmap::default();
+        map.share(known.clone());
+        for id in 2..250 {
+            map.apply(seen(vec![peer(id)]), now());
+            map.apply(
+                MapResponse {
+                    peers_removed: vec![id],
+                    ..MapResponse::default()
+                },
+                now(),
+            );
+        }
+        assert!(known.0.lock().unwrap().len() < 20);
     }
 
     #[test]

@@ -2,8 +2,9 @@
 
 use std::{
     cell::RefCell,
+    collections::BTreeSet,
     io,
-    net::{IpAddr, SocketAddr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     os::fd::OwnedFd,
     path::PathBuf,
     sync::Arc,
@@ -37,7 +38,7 @@ use crate::{
     netmap::{Changes, Netmap},
     offload::{Burst, Joiner},
     packet::Packet,
-    router::{Out, Router, Taken, To},
+    router::{Lead, Out, Router, Taken, To},
     routes::{self, Preferences},
     segment::{Membership, Segment},
     state::{self, Store},
@@ -119,9 +120,9 @@ pub struct Reach {
     /// get others.
     pub addresses: Vec<IpAddr>,
     /// The peers' own addresses.
-    pub peers: Vec<IpNet>,
+    pub peers: BTreeSet<IpNet>,
     /// Subnets behind them, those of an exit left out.
-    pub subnets: Vec<IpNet>,
+    pub subnets: BTreeSet<IpNet>,
 }
 
 /// Why a node cannot start or is not ready.
@@ -374,8 +375,10 @@ impl Node {
             tx_bytes: 0,
             segment: None,
         };
-        if let Some(saved) = saved {
-            task.netmap = saved;
+        let is_saved = saved.is_some();
+        task.netmap = saved.unwrap_or_default();
+        task.netmap.share(task.neighbours.known.clone());
+        if is_saved {
             task.take_changes(&Changes::everything(), false);
         }
         let span = tracing::info_span!("node", hostname = %config.hostname);
@@ -603,6 +606,14 @@ struct Inputs {
     commands: mpsc::Receiver<Command>,
     targets: mpsc::Receiver<Vec<Target>>,
     nearest: mpsc::Receiver<RegionId>,
+}
+
+/// Has `net` in `nets` or not. Returns whether that is new.
+fn set(nets: &mut BTreeSet<IpNet>, net: IpNet, is_in: bool) -> bool {
+    match is_in {
+        true => nets.insert(net),
+        false => nets.remove(&net),
+    }
 }
 
 impl Task {
@@ -1159,20 +1170,21 @@ impl Task {
         if changes.dns || changes.myself || changes.all_peers {
             self.zone.set(
                 &self.netmap.myself,
-                self.netmap.peers.values(),
+                self.netmap.peers.values().map(Arc::as_ref),
                 &self.netmap.dns,
             );
         } else {
             for id in &changes.peers {
-                self.zone.update(*id, self.netmap.peers.get(id));
+                let peer = self.netmap.peers.get(id);
+                self.zone.update(*id, peer.map(Arc::as_ref));
             }
         }
         let identity = self.identity();
         if identity.addresses.is_empty() {
             return;
         }
-        if changes.myself || rerouted {
-            self.publish_reach(&identity);
+        if changes.myself || !rerouted.is_empty() {
+            self.publish_reach(&identity, &rerouted);
         }
         if changes.myself
             && let Some(tailnet) = self.ipv4()
@@ -1190,35 +1202,35 @@ impl Task {
         });
     }
 
-    /// Tells what is ours and what leads to peers: their addresses, and the subnets that are taken
-    /// from them.
-    fn publish_reach(&self, identity: &Identity) {
-        let mut exits = false;
-        let mut reach = Reach {
-            addresses: identity.addresses.clone(),
-            ..Reach::default()
-        };
-        for peer in self.netmap.peers.values().filter(|peer| !peer.expired) {
-            let taken = self.routes.taken(peer, &self.netmap.myself);
-            exits |= taken.iter().any(|net| net.prefix_len() == 0);
-            let is_subnet = |net: &IpNet| net.prefix_len() > 0 && !peer.addresses.contains(net);
-            reach.subnets.extend(taken.into_iter().filter(is_subnet));
-            reach.peers.extend(&peer.addresses);
+    /// Tells what is ours and, of what may be `rerouted`, what leads to peers or behind them.
+    fn publish_reach(&self, identity: &Identity, rerouted: &[IpNet]) {
+        let router = self.door.router();
+        let mut routes_changed = rerouted.iter().any(|net| net.prefix_len() == 0);
+        self.reach.send_if_modified(|reach| {
+            let mut changed = reach.addresses != identity.addresses;
+            if changed {
+                reach.addresses = identity.addresses.clone();
+            }
+            for &net in rerouted {
+                let lead = router.leads(net);
+                let is_subnet = lead == Some(Lead::Behind) && net.prefix_len() > 0;
+                changed |= set(&mut reach.peers, net, lead == Some(Lead::ToPeer));
+                routes_changed |= set(&mut reach.subnets, net, is_subnet);
+            }
+            changed || routes_changed
+        });
+        if !routes_changed {
+            return;
         }
-        let mut routed = reach.subnets.clone();
-        if exits {
+        let everything = [
+            IpNet::new_assert(Ipv4Addr::UNSPECIFIED.into(), 0),
+            IpNet::new_assert(Ipv6Addr::UNSPECIFIED.into(), 0),
+        ];
+        let mut routed: Vec<IpNet> = self.reach.borrow().subnets.iter().copied().collect();
+        if everything.iter().any(|&net| router.leads(net).is_some()) {
             routed.extend(routes::beyond_exits());
         }
         self.zone.set_routed(&routed);
-        // The peers are in no order.
-        reach.peers.sort_unstable();
-        reach.subnets.sort_unstable();
-        reach.subnets.dedup();
-        self.reach.send_if_modified(|known| {
-            let changed = *known != reach;
-            *known = reach;
-            changed
-        });
     }
 
     /// Takes account of which relays there are and which of them are out of reach.
@@ -1283,6 +1295,7 @@ impl Task {
             name, addresses, ..
         } = self.identity();
         let (myself, peers) = (&self.netmap.myself, self.netmap.peers.values());
+        let peers = peers.map(Arc::as_ref);
         let (routes, trouble) = self.routes.status(myself, peers);
         let mut health = [self.netmap.health_lines(), self.relays.troubles()].concat();
         health.extend(trouble);

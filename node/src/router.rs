@@ -68,6 +68,15 @@ const TICK_IDLE: Duration = Duration::from_secs(1);
 /// The port at this address is a DERP region, where an address is wanted (tailcfg.DerpMagicIP).
 const DERP_MAGIC_IP: Ipv4Addr = Ipv4Addr::new(127, 3, 3, 40);
 
+/// Whom a route reaches.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Lead {
+    /// A peer: it is its own address.
+    ToPeer,
+    /// A peer's subnet, or all that lies beyond an exit.
+    Behind,
+}
+
 /// Where a datagram goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum To {
@@ -248,6 +257,8 @@ pub struct Router {
     filter: Filter,
     /// Who began a handshake before the map named it.
     callers: VecDeque<(NodePublicKey, Instant)>,
+    /// Slots with a tunnel, and some that had one until lately: what has timers to keep.
+    in_use: BTreeSet<usize>,
     endpoints: Vec<SocketAddr>,
     /// Regions of the map whose relays are not known to be out of reach.
     relays: BTreeSet<RegionId>,
@@ -326,6 +337,7 @@ impl Router {
             preferences: Preferences::default(),
             filter: Filter::default(),
             callers: VecDeque::new(),
+            in_use: BTreeSet::new(),
             endpoints: Vec::new(),
             relays: BTreeSet::new(),
             lost_a_path: false,
@@ -340,9 +352,10 @@ impl Router {
         self.preferences = preferences;
     }
 
-    /// Takes over what `changes` names from the map. Returns whether other addresses lead to peers now.
-    pub fn update(&mut self, netmap: &Netmap, changes: &Changes, now: Instant) -> bool {
-        let mut rerouted = false;
+    /// Takes over what `changes` names from the map. Returns what may lead elsewhere now: see
+    /// [`Router::leads`].
+    pub fn update(&mut self, netmap: &Netmap, changes: &Changes, now: Instant) -> Vec<IpNet> {
+        let mut rerouted = Vec::new();
         if changes.all_peers {
             let gone: Vec<NodeId> = self
                 .by_id
@@ -351,17 +364,17 @@ impl Router {
                 .copied()
                 .collect();
             for id in gone {
-                rerouted |= self.remove(id);
+                self.remove(id, &mut rerouted);
             }
             for node in netmap.peers.values() {
-                rerouted |= self.upsert(node, &netmap.myself, now);
+                self.upsert(node, &netmap.myself, now, &mut rerouted);
             }
         } else {
             for id in &changes.peers {
-                rerouted |= match netmap.peers.get(id) {
-                    Some(node) => self.upsert(node, &netmap.myself, now),
-                    None => self.remove(*id),
-                };
+                match netmap.peers.get(id) {
+                    Some(node) => self.upsert(node, &netmap.myself, now, &mut rerouted),
+                    None => self.remove(*id, &mut rerouted),
+                }
             }
         }
         if changes.myself {
@@ -386,6 +399,16 @@ impl Router {
             });
         }
         rerouted
+    }
+
+    /// Who is reached by a route: a peer itself, somebody behind one, or nobody.
+    pub fn leads(&self, net: IpNet) -> Option<Lead> {
+        let slot = self.routes.lookup_prefix_exact(net)?;
+        let own = self.peers[*slot].addresses.contains(&net.addr());
+        Some(match net.prefix_len() == net.max_prefix_len() && own {
+            true => Lead::ToPeer,
+            false => Lead::Behind,
+        })
     }
 
     /// Takes the regions whose relays can be used.
@@ -552,13 +575,12 @@ impl Router {
             self.limiter.reset_count();
         }
         let mut next: Option<Instant> = None;
-        let slots: Vec<usize> = self
-            .peers
-            .iter()
-            .filter(|(_, peer)| peer.tunnel.is_some())
-            .map(|(slot, _)| slot)
-            .collect();
-        for slot in slots {
+        let mut in_use = std::mem::take(&mut self.in_use);
+        in_use.retain(|&slot| {
+            let peer = self.peers.get(slot);
+            peer.is_some_and(|peer| peer.tunnel.is_some())
+        });
+        for &slot in &in_use {
             let peer = &mut self.peers[slot];
             let busy = peer.path.active(now);
             let mut actions = std::mem::take(&mut self.actions);
@@ -586,6 +608,7 @@ impl Router {
             }
             next = Some(next.map_or(due, |next| next.min(due)));
         }
+        self.in_use = in_use;
         next
     }
 
@@ -623,16 +646,21 @@ impl Router {
         peers
     }
 
-    /// Returns whether other addresses lead to the peer now.
-    fn upsert(&mut self, node: &tailcfg::Node, myself: &tailcfg::Node, now: Instant) -> bool {
+    fn upsert(
+        &mut self,
+        node: &tailcfg::Node,
+        myself: &tailcfg::Node,
+        now: Instant,
+        rerouted: &mut Vec<IpNet>,
+    ) {
         // A peer with a new key is another WireGuard peer: begin anew.
         if let Some(&slot) = self.by_id.get(&node.id)
             && self.peers[slot].key != node.key
         {
-            self.remove(node.id);
+            self.remove(node.id, rerouted);
         }
         if node.expired {
-            return self.remove(node.id);
+            return self.remove(node.id, rerouted);
         }
         let called = |&(key, at): &(NodePublicKey, Instant)| key == node.key && now < at + CALLED;
         let slot = *self.by_id.entry(node.id).or_insert_with(|| {
@@ -660,6 +688,7 @@ impl Router {
         let peer = &mut self.peers[slot];
         if peer.retry.is_some() && peer.tunnel.is_none() {
             peer.tunnel = Some(Self::tunnel(&self.private, &peer.key, slot, &self.limiter));
+            self.in_use.insert(slot);
         }
         if let Some((at, _)) = &mut peer.retry {
             // Now it may be where it could not be reached a moment ago.
@@ -694,16 +723,16 @@ impl Router {
             }
         }
         let routes = self.preferences.taken(node, myself);
-        let rerouted = peer.routes != routes;
-        if rerouted {
+        if peer.routes != routes {
             for net in std::mem::replace(&mut peer.routes, routes.clone()) {
                 self.take_route(net, slot);
+                rerouted.push(net);
             }
             for net in routes {
                 self.routes.insert(net, slot);
+                rerouted.push(net);
             }
         }
-        rerouted
     }
 
     /// Takes a route from a peer that has it. Of several who may have a subnet, another gets it.
@@ -722,10 +751,9 @@ impl Router {
         };
     }
 
-    /// Returns whether it was there.
-    fn remove(&mut self, id: NodeId) -> bool {
+    fn remove(&mut self, id: NodeId, rerouted: &mut Vec<IpNet>) {
         let Some(slot) = self.by_id.remove(&id) else {
-            return false;
+            return;
         };
         let peer = self.peers.remove(slot);
         // A successor may have taken over keys and addresses before this one left.
@@ -739,9 +767,9 @@ impl Router {
         }
         for net in peer.routes {
             self.take_route(net, slot);
+            rerouted.push(net);
         }
         debug!(peer = %peer.name, id = peer.id, "peer removed");
-        true
     }
 
     fn tunnel(
@@ -824,6 +852,7 @@ impl Router {
         };
         if begins && peer.tunnel.is_none() {
             peer.tunnel = Some(Self::tunnel(&self.private, &peer.key, slot, &self.limiter));
+            self.in_use.insert(slot);
         }
         // Without one there is nothing to answer or to open: it costs nobody but its sender.
         let Some(tunnel) = &mut peer.tunnel else {
@@ -922,9 +951,10 @@ impl Router {
     /// Encrypts packets and sends them, or keeps them for the end of the handshake that they begin.
     pub fn seal(&mut self, slot: usize, burst: &Burst<'_>, now: Instant, out: &mut Out) {
         let peer = &mut self.peers[slot];
-        let tunnel = peer
-            .tunnel
-            .get_or_insert_with(|| Self::tunnel(&self.private, &peer.key, slot, &self.limiter));
+        let tunnel = peer.tunnel.get_or_insert_with(|| {
+            self.in_use.insert(slot);
+            Self::tunnel(&self.private, &peer.key, slot, &self.limiter)
+        });
         let mut sealed = std::mem::take(&mut self.sealed);
         burst.packets(&mut self.scratch, |packet| {
             let room = (packet.len() + WIREGUARD_OVERHEAD).max(WIREGUARD_MIN);
@@ -1173,7 +1203,7 @@ mod tests {
                 let peer = 1 - me;
                 let netmap = Netmap {
                     myself: world.node(me),
-                    peers: HashMap::from([(peer as NodeId, world.node(peer))]),
+                    peers: HashMap::from([(peer as NodeId, world.node(peer).into())]),
                     filters: BTreeMap::from([("base".to_owned(), rules(me))]),
                     ..Netmap::default()
                 };
@@ -1353,17 +1383,17 @@ mod tests {
         };
         let mut netmap = Netmap {
             myself: world.node(0),
-            peers: HashMap::from([(1, world.node(1))]),
+            peers: HashMap::from([(1, world.node(1).into())]),
             ..Netmap::default()
         };
-        netmap.peers.get_mut(&1).unwrap().home_derp = 0;
+        Arc::make_mut(netmap.peers.get_mut(&1).unwrap()).home_derp = 0;
         world.hosts[0]
             .router
             .update(&netmap, &everything, world.now);
         world.say(0, b"early");
         assert!(world.heard(1).is_empty());
         world.now += Duration::from_millis(50);
-        netmap.peers.get_mut(&1).unwrap().home_derp = REGION;
+        Arc::make_mut(netmap.peers.get_mut(&1).unwrap()).home_derp = REGION;
         world.hosts[0]
             .router
             .update(&netmap, &everything, world.now);
@@ -1376,10 +1406,10 @@ mod tests {
         let mut world = World::new(false, |_| allow_all());
         let mut netmap = Netmap {
             myself: world.node(0),
-            peers: HashMap::from([(1, world.node(1))]),
+            peers: HashMap::from([(1, world.node(1).into())]),
             ..Netmap::default()
         };
-        netmap.peers.get_mut(&1).unwrap().home_derp = REGION + 1;
+        Arc::make_mut(netmap.peers.get_mut(&1).unwrap()).home_derp = REGION + 1;
         let changes = Changes {
             peers: vec![1],
             ..Changes::default()
@@ -1422,7 +1452,7 @@ mod tests {
         peer.addresses = vec!["100.64.0.77/32".parse().unwrap()];
         let netmap = Netmap {
             myself: world.node(1),
-            peers: HashMap::from([(0, peer)]),
+            peers: HashMap::from([(0, peer.into())]),
             filters: BTreeMap::from([("base".to_owned(), allow_all())]),
             ..Netmap::default()
         };
@@ -1461,7 +1491,11 @@ mod tests {
     fn tell(world: &mut World, peers: &[(NodeId, tailcfg::Node)], changed: &[NodeId]) {
         let netmap = Netmap {
             myself: world.node(1),
-            peers: peers.iter().cloned().collect(),
+            peers: peers
+                .iter()
+                .cloned()
+                .map(|(id, peer)| (id, peer.into()))
+                .collect(),
             filters: BTreeMap::from([("base".to_owned(), allow_all())]),
             ..Netmap::default()
         };
@@ -1721,7 +1755,7 @@ mod tests {
         let key = gateway.key;
         let netmap = Netmap {
             myself: world.node(1),
-            peers: [(0, gateway)].into(),
+            peers: [(0, gateway.into())].into(),
             filters: BTreeMap::from([("base".to_owned(), allow_all())]),
             ..Netmap::default()
         };

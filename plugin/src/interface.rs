@@ -242,6 +242,8 @@ async fn is_up(netns: Netns, name: String) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
+
     use super::*;
 
     fn nets(nets: &[&str]) -> Vec<IpNet> {
@@ -255,8 +257,10 @@ mod tests {
                 "100.64.0.1".parse().unwrap(),
                 "fd7a:115c:a1e0::1".parse().unwrap(),
             ],
-            peers: nets(&["100.64.0.2/32", "100.64.0.3/32"]),
-            subnets: nets(&["10.1.0.0/24", "10.2.0.0/24"]),
+            peers: nets(&["100.64.0.2/32", "100.64.0.3/32"])
+                .into_iter()
+                .collect(),
+            subnets: nets(&["10.1.0.0/24", "10.2.0.0/24"]).into_iter().collect(),
         };
         let nothing = HashSet::new();
         let plain = Wanted {
@@ -308,7 +312,7 @@ mod tests {
         let local = wanted(&Wanted {
             local: "172.19.0.2/16".parse().ok(),
             reach: &Reach {
-                subnets: Vec::new(),
+                subnets: BTreeSet::new(),
                 ..one_address
             },
             ..plain
