@@ -122,28 +122,8 @@ impl Layer {
     pub fn of_marks(marks: &Marks) -> Result<Self, Error> {
         let mut layer = Layer::default();
         layer.set_variables(&marks.environment, Origin::Variable)?;
-        let carried: [(_, fn(String) -> Origin); 2] = [
-            (&marks.annotations, Origin::Annotation),
-            (&marks.labels, Origin::Label),
-        ];
-        for (pairs, origin) in carried {
-            layer.set_variables(pairs, origin)?;
-            for (name, value) in pairs {
-                // The operator of Kubernetes has words of its own there: those are not for us.
-                if let Some(key) = name.strip_prefix("tailscale.com/")
-                    && (table::find(key).is_some() || table::missing(key).is_some())
-                {
-                    layer.set(key, value, &origin(name.clone()))?;
-                }
-            }
-            for (name, value) in pairs {
-                if let Some(key) = name.strip_prefix("tailscale.")
-                    && !key.contains('/')
-                {
-                    layer.set(key, value, &origin(name.clone()))?;
-                }
-            }
-        }
+        layer.set_carried(&marks.annotations, Origin::Annotation)?;
+        layer.set_carried(&marks.labels, Origin::Label)?;
         layer.agrees()
     }
 
@@ -184,6 +164,31 @@ impl Layer {
             layer.set(key, value, origin)?;
         }
         layer.agrees()
+    }
+
+    /// Labels or annotations.
+    fn set_carried(
+        &mut self,
+        pairs: &BTreeMap<String, String>,
+        origin: fn(String) -> Origin,
+    ) -> Result<(), Error> {
+        self.set_variables(pairs, origin)?;
+        for (name, value) in pairs {
+            // The operator of Kubernetes has words of its own there: those are not for us.
+            if let Some(key) = name.strip_prefix("tailscale.com/")
+                && (table::find(key).is_some() || table::missing(key).is_some())
+            {
+                self.set(key, value, &origin(name.clone()))?;
+            }
+        }
+        for (name, value) in pairs {
+            if let Some(key) = name.strip_prefix("tailscale.")
+                && !key.contains('/')
+            {
+                self.set(key, value, &origin(name.clone()))?;
+            }
+        }
+        Ok(())
     }
 
     fn set_variables(
