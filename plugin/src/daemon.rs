@@ -251,6 +251,14 @@ impl Shims {
                     }
                 }
             }
+            Request::Allows {
+                network_name,
+                network_options,
+            } => {
+                let of_network = Layer::of_network(&network_name, &network_options)?;
+                self.endpoints.allows(&of_network)?;
+                Ok(Response::Ok)
+            }
             Request::Detach {
                 container_id,
                 network_id,
@@ -397,8 +405,10 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let (listener, file) = listen(directory.path().join("s.sock")).await.unwrap();
         let nodes = directory.path().join("nodes");
-        let endpoints =
-            Arc::new(Endpoints::new(nodes, Layer::default(), Offload::All.into()).unwrap());
+        let config = directory.path().join("config.toml");
+        fs::write(&config, "lock = 'exit-node'").unwrap();
+        let defaults = Layer::of_file(&config).unwrap();
+        let endpoints = Arc::new(Endpoints::new(nodes, defaults, Offload::All.into()).unwrap());
         let podman_db = directory.path().join("db.sql");
         let server = tokio::spawn(
             Arc::new(Shims {
@@ -446,6 +456,24 @@ mod tests {
                 call(Request::Status, None).unwrap(),
                 Response::Status(Vec::new())
             );
+        })
+        .await;
+    }
+
+    #[tokio::test]
+    async fn a_network_is_looked_at_before_it_is_made() {
+        with_daemon(|call| {
+            let allows = |key: &str, value: &str| {
+                let request = Request::Allows {
+                    network_name: "tailnet".into(),
+                    network_options: options(key, value),
+                };
+                call(request, None)
+            };
+            assert_eq!(allows("tags", "tag:web").unwrap(), Response::Ok);
+            // The daemon's file, which `with_daemon` gives it, locks this.
+            let error = allows("exit-node", "gw").unwrap_err().to_string();
+            assert!(error.contains("config.toml locks it. Root may"), "{error}");
         })
         .await;
     }
