@@ -452,6 +452,11 @@ mod tests {
                 network_id: "y".into(),
             };
             assert_eq!(call(detach, None).unwrap(), Response::Ok);
+            let explain = Request::Explain {
+                container: "x".into(),
+            };
+            let error = call(explain, None).unwrap_err().to_string();
+            assert!(error.contains("no container called x"), "{error}");
             assert_eq!(
                 call(Request::Status, None).unwrap(),
                 Response::Status(Vec::new())
