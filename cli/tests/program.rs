@@ -23,7 +23,14 @@ fn tailnode(arguments: &[&str]) -> (Option<i32>, String, String) {
 
 #[test]
 fn without_the_daemon_it_says_what_to_start() {
-    for arguments in [&["status"][..], &["status", "--json"], &["status", "web"]] {
+    for arguments in [
+        &["status"][..],
+        &["status", "--json"],
+        &["status", "web"],
+        &["forget", "web"],
+        &["state", "export", "web", "-"],
+        &["state", "import", "/dev/null"],
+    ] {
         let (status, output, error) = tailnode(arguments);
         assert_eq!((status, &*output), (Some(1), ""), "{arguments:?}");
         for words in ["tailnode: ", "/nowhere/tailnoded.sock", "systemctl start"] {
@@ -43,7 +50,14 @@ fn version_and_help_need_no_daemon_and_wrong_usage_is_2() {
     let (status, output, _) = tailnode(&["status", "--help"]);
     assert_eq!(status, Some(0));
     assert!(output.contains("Exit status"), "{output}");
-    for arguments in [&[][..], &["statsu"], &["status", "--jsn"]] {
+    for arguments in [
+        &[][..],
+        &["statsu"],
+        &["status", "--jsn"],
+        &["forget"],
+        &["state"],
+        &["state", "export", "web"],
+    ] {
         let (status, _, error) = tailnode(arguments);
         assert_eq!(status, Some(2), "{arguments:?}: {error}");
     }

@@ -10,7 +10,7 @@ mod derp;
 mod device;
 mod dial;
 mod dns;
-mod file;
+pub mod file;
 mod filter;
 mod neighbours;
 mod netcheck;

@@ -101,12 +101,17 @@ pub enum Error {
         wanted: String,
     },
     /// The keys cannot be read.
-    #[error("{} is damaged ({source}): restore it from a backup if there is one", path.display())]
+    #[error(
+        "{} is damaged (line {line}, column {column}): restore it from a backup if there is one",
+        path.display()
+    )]
     Damaged {
         /// The file.
         path: PathBuf,
-        /// Where it is wrong.
-        source: serde_json::Error,
+        /// Where it is wrong; how is not said, which would quote it.
+        line: usize,
+        /// The byte in the line.
+        column: usize,
     },
     /// A later release wrote it.
     #[error("{} was written by a newer release (format {version}): upgrade tailnode", path.display())]
@@ -235,10 +240,7 @@ impl Store {
         }
         let handle = lock(dir)?;
         let (_, file) = KeysFile::read(&dir.join(KEYS))?.ok_or_else(no_node)?;
-        let login_server = file.login_server.parse().map_err(|error| Error::Damaged {
-            path: dir.join(KEYS),
-            source: serde_json::Error::custom(error),
-        })?;
+        let login_server = file.login_server(&dir.join(KEYS))?;
         let store = Self {
             dir: dir.into(),
             login_server,
@@ -419,18 +421,11 @@ pub fn export(dir: &Path) -> Result<Secret, Error> {
 /// If the text is no node's, or the directory has one already. `origin` stands for the text in
 /// messages.
 pub fn import(dir: &Path, text: &str, origin: &Path) -> Result<(), Error> {
-    let damaged = |source| Error::Damaged {
-        path: origin.into(),
-        source,
-    };
     check_version(origin, text.as_bytes(), EXPORT_VERSION)?;
-    let ExportFile { keys, netmap, .. } = serde_json::from_str(text).map_err(damaged)?;
+    let ExportFile { keys, netmap, .. } =
+        serde_json::from_str(text).map_err(|error| damaged(origin, &error))?;
     let (_, keys) = KeysFile::parse(origin, keys.to_string().as_bytes())?;
-    let login_server = keys
-        .login_server
-        .parse()
-        .map_err(|error| damaged(serde_json::Error::custom(error)))?;
-    let store = Store::open(dir, &login_server)?;
+    let store = Store::open(dir, &keys.login_server(origin)?)?;
     if dir.join(KEYS).exists() {
         return Err(Error::Taken { dir: dir.into() });
     }
@@ -488,11 +483,13 @@ impl KeysFile {
             1 => serde_json::from_slice(text).map(KeysFile1::into),
             _ => serde_json::from_slice(text),
         };
-        let file = file.map_err(|source| Error::Damaged {
-            path: path.into(),
-            source,
-        })?;
+        let file = file.map_err(|error| damaged(path, &error))?;
         Ok((version, file))
+    }
+
+    fn login_server(&self, path: &Path) -> Result<Url, Error> {
+        let url = self.login_server.parse();
+        url.map_err(|error| damaged(path, &serde_json::Error::custom(error)))
     }
 }
 
@@ -524,10 +521,8 @@ impl From<KeysFile> for Keys {
 
 fn parse_netmap(path: &Path, text: &[u8]) -> Result<Netmap, Error> {
     check_version(path, text, NETMAP_VERSION)?;
-    let file: OwnedNetmapFile = serde_json::from_slice(text).map_err(|source| Error::Damaged {
-        path: path.into(),
-        source,
-    })?;
+    let file: OwnedNetmapFile =
+        serde_json::from_slice(text).map_err(|error| damaged(path, &error))?;
     Ok(file.netmap)
 }
 
@@ -539,10 +534,15 @@ fn check_version(path: &Path, text: &[u8], newest: u32) -> Result<u32, Error> {
             path: path.into(),
             version,
         }),
-        Err(source) => Err(Error::Damaged {
-            path: path.into(),
-            source,
-        }),
+        Err(error) => Err(damaged(path, &error)),
+    }
+}
+
+fn damaged(path: &Path, error: &serde_json::Error) -> Error {
+    Error::Damaged {
+        path: path.into(),
+        line: error.line(),
+        column: error.column(),
     }
 }
 

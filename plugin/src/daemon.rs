@@ -26,6 +26,7 @@ use crate::{
     api::{self, Engine, Request, Response},
     docker::Plugin,
     endpoints::{Endpoints, Guest, Key, Ready, Tun},
+    identities::Kept,
     interface::{self, blocking},
     options::Options,
     podman,
@@ -260,6 +261,25 @@ impl Shims {
                 self.endpoints.detach(&key).await;
                 Ok(Response::Ok)
             }
+            Request::Forget {
+                node,
+                network,
+                local,
+            } => {
+                let forgotten = self.endpoints.forget(&node, network.as_deref(), local);
+                forgotten.await.map(done_to)
+            }
+            Request::Export { node, network } => {
+                let file = device.ok_or(Error::NoDevice)?;
+                let identities = self.endpoints.identities();
+                let exported = identities.export(&node, network.as_deref(), file).await;
+                exported.map(done_to)
+            }
+            Request::Import { network, origin } => {
+                let file = device.ok_or(Error::NoDevice)?;
+                let imported = self.endpoints.identities().import(network, origin, file);
+                imported.await.map(done_to)
+            }
             Request::Logout { container } => {
                 self.endpoints.logout(&container).await?;
                 Ok(Response::Ok)
@@ -274,6 +294,13 @@ fn podman_key(container_id: String, network_id: String) -> Key {
         engine: Engine::Podman,
         id: container_id,
         network_id,
+    }
+}
+
+fn done_to(kept: Kept) -> Response {
+    Response::Node {
+        network: kept.network,
+        hostname: kept.hostname,
     }
 }
 

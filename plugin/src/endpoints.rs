@@ -2,7 +2,7 @@
 
 use std::{
     collections::{HashMap, HashSet},
-    fs, mem,
+    mem,
     os::fd::{AsFd, OwnedFd},
     path::PathBuf,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
@@ -21,7 +21,7 @@ use url::Url;
 use crate::{
     Error,
     api::{ContainerStatus, Engine, is_called},
-    identities::{Identities, Identity},
+    identities::{Identities, Identity, Kept, User},
     interface::{self, Device, Wanted, blocking},
     options::{self, Options},
 };
@@ -204,6 +204,11 @@ impl Endpoints {
         })
     }
 
+    /// The identities of all nodes, also of those that do not run.
+    pub(crate) fn identities(&self) -> &Identities {
+        &self.identities
+    }
+
     /// Gives a container its node, and waits until `deadline` for its addresses. When this fails,
     /// nothing of it stays behind.
     pub(crate) async fn attach(
@@ -287,9 +292,14 @@ impl Endpoints {
             .or_else(|| options::dns_label(&guest.container_name))
             .or_else(|| options::dns_label(guest.container_id.get(..12)?))
             .unwrap_or_else(|| "container".into());
+        self.end_earlier(&guest, deadline).await;
+        let user = User {
+            engine: guest.key.engine,
+            container: guest.container_name.clone(),
+        };
         let identity = self
             .identities
-            .take(&guest.network_name, &hostname, deadline)
+            .take(&guest.network_name, &hostname, &user, deadline)
             .await?;
         if !self.state().wants(&guest.key, turn) {
             return Err(Error::Detached);
@@ -340,6 +350,7 @@ impl Endpoints {
                 return Err(error.into());
             }
         };
+        identity.note_user().await;
         let endpoint = Arc::new(Endpoint {
             guest,
             node,
@@ -372,6 +383,19 @@ impl Endpoints {
             all.end(watched, false).await;
         });
         Ok(endpoint)
+    }
+
+    /// Ends what is left of the container's earlier place on the network: Docker gives it another
+    /// each time, and does not tell the end of one when it crashes.
+    async fn end_earlier(self: &Arc<Self>, guest: &Guest, deadline: Instant) {
+        let mut earlier = self.of_container(guest.key.engine, &guest.container_id);
+        earlier.retain(|other| {
+            let key = &other.guest.key;
+            key.network_id == guest.key.network_id && key.id != guest.key.id
+        });
+        for endpoint in earlier {
+            self.end_within(endpoint, false, deadline).await;
+        }
     }
 
     async fn make_ready(
@@ -560,6 +584,21 @@ impl Endpoints {
         }
         let outcomes = logouts.join_all().await;
         Ok(outcomes.into_iter().collect::<Result<(), _>>()?)
+    }
+
+    /// Removes a node that no container uses, and takes it out of its tailnet first unless only its
+    /// state is to go.
+    pub(crate) async fn forget(
+        &self,
+        node: &str,
+        network: Option<&str>,
+        local: bool,
+    ) -> Result<Kept, Error> {
+        let kept = self.identities.forget(node, network, local).await?;
+        self.state().waiting.retain(|(status, _)| {
+            status.network != kept.network || status.node.hostname != kept.hostname
+        });
+        Ok(kept)
     }
 
     /// All of them, and those that wait to be let in, by container and network.
@@ -756,10 +795,8 @@ impl Endpoint {
 /// Removes the state of an identity that is not going to be used again.
 async fn forget(identity: Identity) {
     let directory = identity.directory.clone();
-    let removed = blocking(move || fs::remove_dir_all(directory)).await;
-    if let Err(error) = removed
-        && error.kind() != std::io::ErrorKind::NotFound
-    {
+    let removed = blocking(move || tailnode_node::remove(&directory)).await;
+    if let Err(error) = removed {
         tracing::warn!("cannot remove {}: {error}", identity.directory.display());
     }
 }
@@ -786,7 +823,12 @@ mod tests {
         .unwrap();
         let all = Arc::new(all);
         let soon = Instant::now() + Duration::from_secs(60);
-        let before = all.identities.take("tailnet", "web", soon).await.unwrap();
+        let user = User {
+            engine: Engine::Podman,
+            container: "web".into(),
+        };
+        let before = all.identities.take("tailnet", "web", &user, soon);
+        let before = before.await.unwrap();
         before.ending();
         let key = Key {
             engine: Engine::Podman,
