@@ -56,9 +56,10 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
-    /// Take a node out of its tailnet for good, and remove its keys.
+    /// Log a node out of its tailnet for good, and remove its keys.
     ///
-    /// Its container must not run. When it starts again, it is a new node.
+    /// Its container must not run. When it starts again, it is a new node. The control server lists
+    /// the old one as expired until it is deleted there; an ephemeral one it forgets.
     Forget {
         /// The node's hostname, or the name of the container that had it last.
         node: String,
