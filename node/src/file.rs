@@ -14,7 +14,7 @@ use chrono::{DateTime, Utc};
 /// order: it is written beside under a name that is always the same.
 ///
 /// # Errors
-/// If it cannot be written. The old file is there then.
+/// If it cannot be written. The file is still a whole one then.
 pub fn replace(path: &Path, text: &[u8]) -> io::Result<()> {
     let mut replacement = Replacement::new(path, text)?;
     let written = STEPS.iter().try_for_each(|&step| replacement.perform(step));
