@@ -279,6 +279,10 @@ impl Node {
             keys.disco = DiscoKeyPair::random();
             store.save_keys(&keys)?;
         }
+        if config.ephemeral && keys.replaces.take().is_some() {
+            // It is another node each time anyway.
+            store.save_keys(&keys)?;
+        }
         let saved = store.load_netmap();
         let device =
             Device::new(config.tun, config.offload).map_err(kernel("use the TUN device"))?;

@@ -231,12 +231,14 @@ impl Shims {
                     let of_container = Options::of_container(&endpoint_options)?;
                     let of_network = Options::of_network(&network_options)?;
                     let (database, id) = (self.podman_db.clone(), container_id.clone());
-                    let labels = blocking(move || podman::labels(&database, &id)).await;
+                    let look = move || (podman::labels(&database, &id), podman::names(&database));
+                    let (labels, exist) = blocking(look).await;
                     let guest = Guest {
                         key: podman_key(container_id.clone(), network_id),
                         container_id,
                         container_name,
                         network_name,
+                        exist,
                         address: None,
                         options: of_container
                             .over(Options::of_labels(&labels)?)

@@ -246,6 +246,7 @@ impl Plugin {
             container_id: container.id.clone(),
             container_name: container.name().to_owned(),
             network_name: network.name.clone(),
+            exist: self.engine.names().await.ok(),
             address: made.address,
             options: Options::of_container(&made.options)
                 .map_err(named)?

@@ -57,6 +57,8 @@ pub(crate) struct Guest {
     pub(crate) container_id: String,
     pub(crate) container_name: String,
     pub(crate) network_name: String,
+    /// The names of all containers that the engine has, if it is known.
+    pub(crate) exist: Option<HashSet<String>>,
     /// The address that the engine itself has chosen for it, on a network of this host alone.
     pub(crate) address: Option<IpNet>,
     /// All that is set for it except by the host's configuration.
@@ -299,7 +301,13 @@ impl Endpoints {
         };
         let identity = self
             .identities
-            .take(&guest.network_name, &hostname, &user, deadline)
+            .take(
+                &guest.network_name,
+                &hostname,
+                &user,
+                guest.exist.as_ref(),
+                deadline,
+            )
             .await?;
         if !self.state().wants(&guest.key, turn) {
             return Err(Error::Detached);
@@ -827,7 +835,7 @@ mod tests {
             engine: Engine::Podman,
             container: "web".into(),
         };
-        let before = all.identities.take("tailnet", "web", &user, soon);
+        let before = all.identities.take("tailnet", "web", &user, None, soon);
         let before = before.await.unwrap();
         before.ending();
         let key = Key {
@@ -840,6 +848,7 @@ mod tests {
             container_id: key.id.clone(),
             container_name: "web".into(),
             network_name: "tailnet".into(),
+            exist: None,
             address: None,
             options: Options::default(),
         };

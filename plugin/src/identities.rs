@@ -1,7 +1,7 @@
 //! Which identities there are, kept in one directory each, and who uses them.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     fs::{self, File},
     io::{self, Read, Write},
     os::fd::OwnedFd,
@@ -99,12 +99,14 @@ impl Identities {
 
     /// Takes the identity of `hostname` on `network`, or where another running container has it, that
     /// of `hostname-1` and so on; a container that had one gets the same again. One whose node is
-    /// just stopping is waited for.
+    /// just stopping is waited for. `exist` has the names of the engine's containers, if they are
+    /// known: nobody comes back for what others had.
     pub(crate) async fn take(
         &self,
         network: &str,
         hostname: &str,
         user: &User,
+        exist: Option<&HashSet<String>>,
         deadline: Instant,
     ) -> Result<Identity, Error> {
         let network = self.directory.join(file_name(network));
@@ -113,7 +115,11 @@ impl Identities {
         loop {
             changes.mark_unchanged();
             let place = network.clone();
-            let last = blocking(move || users(&place)).await;
+            let mut last = blocking(move || users(&place)).await;
+            last.retain(|_, last| {
+                let known = exist.filter(|_| last.engine == user.engine);
+                last == user || known.is_none_or(|names| names.contains(&last.container))
+            });
             let until = match Instant::now() < patient {
                 true => patient,
                 false => deadline,
@@ -561,7 +567,9 @@ mod tests {
     /// As a container of this name does.
     async fn start(identities: &Identities, container: &str, hostname: &str) -> Identity {
         let user = user(container);
-        let taken = identities.take("tailnet", hostname, &user, soon()).await;
+        let taken = identities
+            .take("tailnet", hostname, &user, None, soon())
+            .await;
         let identity = taken.unwrap();
         fs::create_dir_all(&identity.directory).unwrap();
         identity.note_user().await;
@@ -573,9 +581,18 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let identities = Identities::new(directory.path().to_owned());
         let [a, b] = ["a", "b"].map(user);
-        let first = identities.take("tailnet", "web", &a, soon()).await.unwrap();
-        let second = identities.take("tailnet", "web", &b, soon()).await.unwrap();
-        let elsewhere = identities.take("other", "web", &a, soon()).await.unwrap();
+        let first = identities
+            .take("tailnet", "web", &a, None, soon())
+            .await
+            .unwrap();
+        let second = identities
+            .take("tailnet", "web", &b, None, soon())
+            .await
+            .unwrap();
+        let elsewhere = identities
+            .take("other", "web", &a, None, soon())
+            .await
+            .unwrap();
         assert_eq!(
             (&*first.hostname, &*second.hostname, &*elsewhere.hostname),
             ("web", "web-1", "web")
@@ -583,7 +600,10 @@ mod tests {
         assert!(first.fresh && first.directory.ends_with("tailnet/web"));
         fs::create_dir_all(&first.directory).unwrap();
         drop(first);
-        let again = identities.take("tailnet", "web", &a, soon()).await.unwrap();
+        let again = identities
+            .take("tailnet", "web", &a, None, soon())
+            .await
+            .unwrap();
         assert_eq!(again.hostname, "web");
         assert!(!again.fresh);
     }
@@ -608,6 +628,11 @@ mod tests {
         let third = start(&identities, "c", "web").await;
         assert_eq!(third.hostname, "web-2");
         assert_eq!(start(&identities, "b", "web").await.hostname, "web-1");
+        // Unless nobody will come back for it.
+        let exist = ["a", "c", "d"].map(String::from).into();
+        let fourth = user("d");
+        let taken = identities.take("tailnet", "web", &fourth, Some(&exist), soon());
+        assert_eq!(taken.await.unwrap().hostname, "web-1");
         drop(first);
         // Created again under another name it is the same for the tailnet.
         assert_eq!(start(&identities, "d", "web").await.hostname, "web");
@@ -633,7 +658,7 @@ mod tests {
     async fn one_that_is_ending_is_waited_for() {
         let identities = Identities::new("/nonexistent".into());
         let user = user("web");
-        let take = |deadline| identities.take("tailnet", "web", &user, deadline);
+        let take = |deadline| identities.take("tailnet", "web", &user, None, deadline);
         let first = take(soon()).await.unwrap();
         first.ending();
         let error = take(soon()).await.err().unwrap();

@@ -5,7 +5,7 @@
 //! whatever goes wrong is a warning.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, HashSet},
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -70,6 +70,23 @@ pub(crate) fn labels(database: &Path, container_id: &str) -> BTreeMap<String, St
             "cannot read the container's labels, so they set nothing: {error}"
         );
         BTreeMap::new()
+    })
+}
+
+/// The names of all containers; `None` when they cannot be read. Blocks for at most a quarter of a
+/// second.
+pub(crate) fn names(database: &Path) -> Option<HashSet<String>> {
+    let read = |podman: Connection| {
+        let mut all = podman.prepare("SELECT Name FROM ContainerConfig")?;
+        let names = all.query_map([], |row| row.get(0))?;
+        names.collect::<Result<_, _>>().map(Some)
+    };
+    look(database, read).unwrap_or_else(|error| {
+        tracing::warn!(
+            database = %database.display(),
+            "cannot tell which containers Podman has: {error}"
+        );
+        None
     })
 }
 
@@ -146,6 +163,7 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("db.sql");
         assert!(labels(&path, "c1").is_empty());
+        assert_eq!(names(&path), None);
         let connection = Connection::open(&path).unwrap();
         assert!(labels(&path, "c1").is_empty());
         connection
@@ -161,12 +179,15 @@ mod tests {
             labels(&path, "c1"),
             [("tailscale.hostname".to_owned(), "www".to_owned())].into()
         );
+        let all = ["web", "bare", "odd"].map(String::from);
+        assert_eq!(names(&path), Some(all.into()));
         for id in ["c2", "c3", "c4"] {
             assert!(labels(&path, id).is_empty(), "{id}");
         }
         // A write in progress does not hold us up beyond the limit, and is no failure.
         connection.execute_batch("BEGIN EXCLUSIVE").unwrap();
         assert!(labels(&path, "c1").is_empty());
+        assert_eq!(names(&path), None);
     }
 
     #[test]

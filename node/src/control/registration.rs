@@ -36,7 +36,7 @@ pub struct Registration {
     /// The key that it replaces.
     old: Option<NodeKeyPair>,
     /// A key that was to replace it when we last ended: the server may know us by that one.
-    spare: Option<NodeKeyPair>,
+    next: Option<NodeKeyPair>,
     /// Where the keys are that were lost; whoever had them is another node to the server.
     lost: Option<PathBuf>,
     /// Whether to present the auth key.
@@ -78,7 +78,7 @@ impl Registration {
             standing,
             node: keys.node.clone(),
             old: None,
-            spare: keys.next.clone(),
+            next: keys.next.clone(),
             lost: keys.replaces.clone(),
             present_key: has_auth_key && standing != Standing::Forgotten && keys.replaces.is_none(),
             key_refused: None,
@@ -128,7 +128,7 @@ impl Registration {
     pub fn next(&self) -> Option<&NodeKeyPair> {
         match self.old {
             Some(_) => Some(&self.node),
-            None => self.spare.as_ref(),
+            None => self.next.as_ref(),
         }
     }
 
@@ -175,7 +175,7 @@ impl Registration {
                 self.key_refused = Some(answer.error);
                 return Step::Again;
             }
-            if self.try_spare() {
+            if self.try_next() {
                 return Step::Again;
             }
             return Step::Refused(self.key_refused.take().unwrap_or(answer.error));
@@ -189,7 +189,7 @@ impl Registration {
             return Step::Again;
         }
         if !answer.auth_url.is_empty() {
-            if self.visit.is_none() && self.try_spare() {
+            if self.visit.is_none() && self.try_next() {
                 return Step::Again;
             }
             // Whoever gave a key expects no page: that the key is wrong is what they must know. But
@@ -210,13 +210,13 @@ impl Registration {
 
     fn rotate(&mut self) {
         self.standing = Standing::Expired;
-        let next = self.spare.take().unwrap_or_else(NodeKeyPair::random);
+        let next = self.next.take().unwrap_or_else(NodeKeyPair::random);
         self.old = Some(std::mem::replace(&mut self.node, next));
     }
 
     /// The server does not know us by the key that we had: it may know the next one.
-    fn try_spare(&mut self) -> bool {
-        let has_one = self.spare.is_some() && self.old.is_none();
+    fn try_next(&mut self) -> bool {
+        let has_one = self.next.is_some() && self.old.is_none();
         if has_one {
             self.rotate();
         }
