@@ -1,9 +1,11 @@
 //! `tailnode`: what the nodes of this host's containers are doing, and why.
 
+mod state;
 mod status;
 
 use std::{
     io::{self, Write},
+    path::PathBuf,
     process::ExitCode,
     time::Duration,
 };
@@ -72,10 +74,49 @@ enum Command {
         #[arg(long)]
         man: bool,
     },
+    /// Log a node out of its tailnet for good, and remove its keys.
+    ///
+    /// Its container must not run. When it starts again, it is a new node. The control server lists
+    /// the old one as expired until it is deleted there; an ephemeral one it forgets.
+    Forget {
+        /// The node's hostname, or the name of the container that had it last.
+        node: String,
+        /// Its network, where nodes of several are called so.
+        #[arg(long)]
+        network: Option<String>,
+        /// Only remove the keys here: the node runs on another host now, or its keys are damaged.
+        #[arg(long)]
+        local: bool,
+    },
+    /// Move a node to another host, with its name and addresses.
+    #[command(subcommand)]
+    State(State),
     /// Take a container out of its tailnets until it is started again.
     Logout {
         /// Its name, or the beginning of its id.
         container: String,
+    },
+}
+
+#[derive(Subcommand)]
+enum State {
+    /// Write a node and its keys to a file; its container must not run.
+    Export {
+        /// The node's hostname, or the name of the container that had it last.
+        node: String,
+        /// Where to; `-` is standard output. It must not exist yet, and is for its owner alone.
+        file: PathBuf,
+        /// The node's network, where nodes of several are called so.
+        #[arg(long)]
+        network: Option<String>,
+    },
+    /// Take a node from a file: the next container of its hostname is this node.
+    Import {
+        /// What was exported; `-` is standard input.
+        file: PathBuf,
+        /// The network that it is to be on, where it is called otherwise on this host.
+        #[arg(long)]
+        network: Option<String>,
     },
 }
 
@@ -85,6 +126,17 @@ fn main() -> ExitCode {
         Command::Explain { container, json } => explain(container, json),
         Command::Options { man: false } => print(&manual::text()),
         Command::Options { man: true } => print(&manual::page()),
+        Command::Forget {
+            node,
+            network,
+            local,
+        } => state::forget(node, network, local),
+        Command::State(State::Export {
+            node,
+            file,
+            network,
+        }) => state::export(node, network, &file),
+        Command::State(State::Import { file, network }) => state::import(file, network),
         Command::Logout { container } => logout(container),
     };
     match done {

@@ -118,9 +118,9 @@ fn remarks(node: &Status) -> Vec<String> {
         Login::NeedsLogin { url, reason } if reason.is_empty() => {
             Some(format!("log in: open {url}"))
         }
-        Login::NeedsLogin { url, reason } => Some(format!(
-            "{reason}; to let it in again, open {url}, or restart the container with a valid auth key"
-        )),
+        Login::NeedsLogin { url, reason } => {
+            Some(format!("{reason}; to let it in again, open {url}"))
+        }
         Login::NeedsApproval => Some(format!(
             "an administrator of {server} must approve this node"
         )),
@@ -385,7 +385,7 @@ web        podman  tailnet  web.demo.internal  100.64.0.1,fd7a:115c:a1e0::1  run
                     url: "https://h/register/x".into(),
                     reason: "its key has expired".into(),
                 },
-                "  ! its key has expired; to let it in again, open https://h/register/x, or restart",
+                "  ! its key has expired; to let it in again, open https://h/register/x\n",
             ),
             (Login::NeedsApproval, "must approve this node"),
             (

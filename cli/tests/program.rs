@@ -28,6 +28,9 @@ fn without_the_daemon_it_says_what_to_start() {
         &["status", "--json"],
         &["status", "web"],
         &["explain", "web"],
+        &["forget", "web"],
+        &["state", "export", "web", "-"],
+        &["state", "import", "/dev/null"],
     ] {
         let (status, output, error) = tailnode(arguments);
         assert_eq!((status, &*output), (Some(1), ""), "{arguments:?}");
@@ -54,7 +57,14 @@ fn version_and_help_need_no_daemon_and_wrong_usage_is_2() {
         let output = output.replace("\\-", "-");
         assert!(output.contains("exit-node-allow-lan-access"), "{output}");
     }
-    for arguments in [&[][..], &["statsu"], &["status", "--jsn"]] {
+    for arguments in [
+        &[][..],
+        &["statsu"],
+        &["status", "--jsn"],
+        &["forget"],
+        &["state"],
+        &["state", "export", "web"],
+    ] {
         let (status, _, error) = tailnode(arguments);
         assert_eq!(status, Some(2), "{arguments:?}: {error}");
     }

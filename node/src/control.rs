@@ -143,8 +143,13 @@ pub enum Event {
         /// It begins a stream: forget what it does not mention.
         first: bool,
     },
-    /// We have a new node key: keep it, it is our name now.
-    KeysRotated(Keys),
+    /// Our keys changed: keep them, and say so, for the control server is not asked before.
+    Keys {
+        /// All of them.
+        keys: Keys,
+        /// Where to say it.
+        kept: oneshot::Sender<()>,
+    },
 }
 
 /// A running session. It ends when this is dropped.
@@ -202,6 +207,21 @@ impl Handle {
                 "the control server was not told of the logout: the node stays listed there"
             );
         })
+    }
+}
+
+/// Tells the control server to forget a node that does not run.
+///
+/// # Errors
+/// If it could not be told in time, in words for a person.
+pub async fn logout(config: &Config, keys: &Keys, within: Duration) -> Result<(), String> {
+    let tell = async {
+        let connection = Connection::open(config, keys).await?;
+        connection.logout(config, keys).await
+    };
+    match timeout(within, tell).await {
+        Ok(told) => told.map_err(Failure::into_words),
+        Err(_) => Err(format!("no answer in {} s", within.as_secs())),
     }
 }
 
@@ -426,13 +446,15 @@ impl Session {
         let mut pace = Backoff::default();
         let mut registration = self.registration.take().unwrap_or_else(|| {
             let has_key = self.config.auth_key.is_some();
-            Registration::new(self.keys.node.clone(), has_key, self.standing)
+            Registration::new(&self.keys, has_key, self.standing)
         });
         if let Some(url) = registration.visit() {
-            let (url, reason) = (url.to_owned(), registration.reason());
+            let (url, reason) = (url.to_owned(), registration.reason_to_visit());
             self.report(Login::NeedsLogin { url, reason }).await?;
         }
         loop {
+            self.keep(|keys| keys.next = registration.next().cloned())
+                .await?;
             let request = registration.request(
                 self.config.auth_key.as_ref(),
                 self.hostinfo.clone(),
@@ -462,7 +484,7 @@ impl Session {
                 Step::Again => {}
                 Step::Lapsed => pace.wait().await,
                 Step::Visit(url) => {
-                    let reason = registration.reason();
+                    let reason = registration.reason_to_visit();
                     let login = Login::NeedsLogin { url, reason };
                     if self.login == login {
                         // Not all servers wait for the person before they answer.
@@ -480,11 +502,14 @@ impl Session {
                     self.registered = true;
                     self.standing = Standing::Member;
                     if rotated {
-                        self.keys.node = node;
                         self.resume = None;
-                        self.tell(Event::KeysRotated(self.keys.clone())).await?;
                     }
-                    return Ok(());
+                    let keep = |keys: &mut Keys| {
+                        keys.node = node;
+                        keys.next = None;
+                        keys.replaces = None;
+                    };
+                    return self.keep(keep).await;
                 }
             }
         }
@@ -735,24 +760,7 @@ impl Session {
             Some(connection) if connection.is_open() => connection,
             _ => Connection::open(&self.config, &self.keys).await?,
         };
-        let request = RegisterRequest {
-            version: CAPABILITY_VERSION,
-            node_key: self.keys.node.public,
-            old_node_key: None,
-            auth: None,
-            // Any time long gone (controlclient/direct.go).
-            node_key_signature: None,
-            expiry: DateTime::from_timestamp(123, 0),
-            followup: String::new(),
-            hostinfo: Some(self.hostinfo.clone()),
-            ephemeral: self.config.ephemeral,
-        };
-        let answer = connection.register(&request).await?;
-        if answer.error.is_empty() {
-            Ok(())
-        } else {
-            Err(Failure::Refused(answer.error))
-        }
+        connection.logout(&self.config, &self.keys).await
     }
 
     /// What all map requests have in common.
@@ -772,6 +780,19 @@ impl Session {
             omit_peers: true,
             read_only: false,
         }
+    }
+
+    /// Changes our keys, and returns when they are on disk.
+    async fn keep(&mut self, change: impl FnOnce(&mut Keys)) -> Result<(), Failure> {
+        let before = self.keys.clone();
+        change(&mut self.keys);
+        if self.keys == before {
+            return Ok(());
+        }
+        let (kept, done) = oneshot::channel();
+        let keys = self.keys.clone();
+        self.tell(Event::Keys { keys, kept }).await?;
+        done.await.map_err(|_| Failure::Unheard)
     }
 
     async fn report(&mut self, login: Login) -> Result<(), Failure> {
@@ -850,6 +871,27 @@ impl Connection {
         timeout(CONNECT, Self::open_slowly(config, keys))
             .await
             .unwrap_or_else(|_| Err(retry(format!("no connection in {} s", CONNECT.as_secs()))))
+    }
+
+    async fn logout(&self, config: &Config, keys: &Keys) -> Result<(), Failure> {
+        let request = RegisterRequest {
+            version: CAPABILITY_VERSION,
+            node_key: keys.node.public,
+            old_node_key: None,
+            auth: None,
+            // Any time long gone (controlclient/direct.go).
+            node_key_signature: None,
+            expiry: DateTime::from_timestamp(123, 0),
+            followup: String::new(),
+            hostinfo: Some(hostinfo(config)),
+            ephemeral: config.ephemeral,
+        };
+        let answer = self.register(&request).await?;
+        if answer.error.is_empty() {
+            Ok(())
+        } else {
+            Err(Failure::Refused(answer.error))
+        }
     }
 
     async fn open_slowly(config: &Config, keys: &Keys) -> Result<Self, Failure> {
@@ -1135,7 +1177,10 @@ mod tests {
 
     impl Client {
         fn new(url: &Url, hostname: &str, auth_key: Option<Secret>) -> Self {
-            let keys = Keys::random();
+            Self::with(Keys::random(), url, hostname, auth_key)
+        }
+
+        fn with(keys: Keys, url: &Url, hostname: &str, auth_key: Option<Secret>) -> Self {
             let config = Config {
                 login_server: url.clone(),
                 auth_key,
@@ -1178,7 +1223,10 @@ mod tests {
                             self.netmap.apply(*response, Utc::now());
                         }
                         Event::Lock(_) => {}
-                        Event::KeysRotated(keys) => self.keys = keys,
+                        Event::Keys { keys, kept } => {
+                            self.keys = keys;
+                            kept.send(()).unwrap();
+                        }
                     }
                 }
             };
@@ -1315,6 +1363,31 @@ mod tests {
         client.running().await;
         assert_eq!(client.keys.machine, old.machine);
         assert_eq!(client.netmap.myself.addresses, address);
+    }
+
+    /// As after a power cut when the server had agreed to a new key and we had not heard of it.
+    #[tokio::test]
+    async fn a_node_that_ended_while_its_key_was_replaced_is_the_same_after() {
+        let state = TempDir::new().unwrap();
+        let server = server(&state).await;
+        let auth_key = key(&server, false);
+        for given in [auth_key.clone(), None] {
+            let mut client = Client::new(server.url(), "a", auth_key.clone());
+            client.running().await;
+            let myself = client.netmap.myself.clone();
+            server.expire_node(myself.id).unwrap();
+            client.until(|c| c.keys.next.is_some()).await;
+            let kept = client.keys.clone();
+            client.until(|c| c.keys.next.is_none()).await;
+            drop(client);
+
+            let mut client = Client::with(kept.clone(), server.url(), "a", given);
+            client.running().await;
+            assert_eq!(client.netmap.myself.id, myself.id);
+            assert_eq!(client.netmap.myself.addresses, myself.addresses);
+            assert_eq!(client.keys.next, None);
+            assert_eq!(client.netmap.myself.key, client.keys.node.public);
+        }
     }
 
     #[tokio::test]

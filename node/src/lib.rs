@@ -10,6 +10,7 @@ mod derp;
 mod device;
 mod dial;
 mod dns;
+pub mod file;
 mod filter;
 mod neighbours;
 mod netcheck;
@@ -28,9 +29,10 @@ mod udp;
 pub use device::Offload;
 pub use dns::Zone;
 pub use neighbours::Neighbours;
-pub use node::{Config, Error, Identity, Node, Reach, Secret};
+pub use node::{Config, Error, Identity, Node, Reach, Secret, forget};
 pub use routes::{ExitNode, Preferences as RoutePreferences, Status as RouteStatus};
 pub use segment::Segment;
+pub use state::{Error as StateError, export, import, remove};
 pub use status::{Login, PeerPath, PeerStatus, Status};
 
 /// The parts that `make bench` measures by themselves, and that its floor is made of. No part of

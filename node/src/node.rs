@@ -6,7 +6,7 @@ use std::{
     io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     os::fd::OwnedFd,
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::Arc,
     time::{Duration, Instant, SystemTime},
 };
@@ -35,7 +35,7 @@ use crate::{
     dns::{Resolver, Upstreams, Zone},
     neighbours::{Door, Neighbours, Presence},
     netcheck::{Netcheck, Report, Target},
-    netmap::{Changes, Netmap},
+    netmap::{Changes, Lock, Netmap},
     offload::{Burst, Joiner},
     packet::Packet,
     router::{Lead, Out, Router, Taken, To},
@@ -280,6 +280,10 @@ impl Node {
             // Who gets a new disco key has started anew to all peers, who forget their sessions and
             // with them the time of the last handshake (ipnlocal: discoChangedLocked).
             keys.disco = DiscoKeyPair::random();
+            store.save_keys(&keys)?;
+        }
+        if config.ephemeral && keys.replaces.take().is_some() {
+            // It is another node each time anyway.
             store.save_keys(&keys)?;
         }
         let saved = store.load_netmap();
@@ -1132,9 +1136,14 @@ impl Task {
                 self.unsaved.get_or_insert_with(Instant::now);
             }
             control::Event::Map { response, first } => self.map(*response, first),
-            control::Event::KeysRotated(keys) => {
+            control::Event::Keys { keys, kept } => {
                 if let Err(error) = self.store.save_keys(&keys) {
                     warn!(%error, "cannot keep the new node key");
+                }
+                // The session may have ended.
+                let _ = kept.send(());
+                if self.door.router().key() == keys.node.public {
+                    return;
                 }
                 self.door.router().set_keys(&keys);
                 self.relays.set_key(keys.node.clone());
@@ -1323,6 +1332,40 @@ impl Task {
             tx_bytes: self.tx_bytes,
         }
     }
+}
+
+/// Takes a node that does not run out of its tailnet, and removes what is kept of it.
+///
+/// # Errors
+/// If it runs, or its state cannot be read: then nothing is removed. [`Error::LogoutUnheard`] says
+/// that all is done but the first.
+pub async fn forget(dir: &Path, hostname: &str) -> Result<(), Error> {
+    let (store, keys) = Store::reopen(dir)?;
+    let saved = store.load_netmap();
+    let config = control::Config {
+        login_server: store.login_server().clone(),
+        auth_key: None,
+        hostname: hostname.to_owned(),
+        tags: Vec::new(),
+        routes: Vec::new(),
+        ephemeral: false,
+        known: true,
+        lock: Lock::default(),
+        tls: dial::tls_config(),
+    };
+    // A server that never let it in would take it for a newcomer.
+    let told = match saved.is_some_and(|map| !map.myself.addresses.is_empty()) {
+        true => control::logout(&config, &keys, LOGOUT).await,
+        false => Ok(()),
+    };
+    state::remove(dir).map_err(|source| state::Error::Write {
+        path: dir.into(),
+        source,
+    })?;
+    told.map_err(|reason| Error::LogoutUnheard {
+        server: config.login_server,
+        reason,
+    })
 }
 
 /// The UDP port that a node tries first. It is always the same, so that peers reach the node where

@@ -1,7 +1,7 @@
 //! What the engines' shims and the command line say to the daemon.
 //!
-//! One connection to a Unix stream socket is one request: a line of JSON, with a request to attach
-//! also the TUN device's descriptor (SCM_RIGHTS), and back a line of JSON. The socket is root's
+//! One connection to a Unix stream socket is one request: a line of JSON, with some also the
+//! descriptor of a TUN device or file (SCM_RIGHTS), and back a line of JSON. The socket is root's
 //! alone, by its mode and its directory's.
 
 use std::{
@@ -86,6 +86,31 @@ pub enum Request {
         /// The container's name, or the beginning of its id.
         container: String,
     },
+    /// Take a node that no container uses out of its tailnet, and remove its state. Answered with
+    /// [`Response::Node`].
+    Forget {
+        /// Its hostname, or the name of the container that used it last.
+        node: String,
+        /// Its network, where there is more than one of the name.
+        network: Option<String>,
+        /// Only the state is to go: the tailnet keeps the node.
+        local: bool,
+    },
+    /// Write a node that no container uses, with its keys, to the file whose descriptor comes along.
+    /// Answered with [`Response::Node`].
+    Export {
+        /// As to forget it.
+        node: String,
+        /// As to forget it.
+        network: Option<String>,
+    },
+    /// Keep the node in the file whose descriptor comes along. Answered with [`Response::Node`].
+    Import {
+        /// The network that it is to be on; else the one that it was on.
+        network: Option<String>,
+        /// What the file is to be called in messages.
+        origin: PathBuf,
+    },
     /// Take the nodes of a container out of their tailnets; they stay in the list as stopped. The
     /// container joins again when it is started again.
     Logout {
@@ -109,6 +134,13 @@ pub enum Response {
     },
     /// Done.
     Ok,
+    /// Done to this node.
+    Node {
+        /// Its network.
+        network: String,
+        /// Its hostname.
+        hostname: String,
+    },
     /// Every container with a node, by name.
     Status(Vec<ContainerStatus>),
     /// The container's options, by network.

@@ -26,6 +26,7 @@ use crate::{
     api::{self, Engine, Request, Response},
     docker::Plugin,
     endpoints::{Endpoints, Guest, Key, Ready, Tun},
+    identities::Kept,
     interface::blocking,
     options::Layer,
     podman,
@@ -230,13 +231,15 @@ impl Shims {
                     let of_endpoint = Layer::of_endpoint(&endpoint_options)?;
                     let of_network = Layer::of_network(&network_name, &network_options)?;
                     let (database, id) = (self.podman_db.clone(), container_id.clone());
-                    let marks = blocking(move || podman::marks(&database, &id)).await;
+                    let look = move || (podman::marks(&database, &id), podman::names(&database));
+                    let (marks, exist) = blocking(look).await;
                     let of_marks = Layer::of_marks(&marks)?;
                     let guest = Guest {
                         key: podman_key(container_id.clone(), network_id),
                         container_id,
                         container_name,
                         network_name,
+                        exist,
                         address: None,
                         layers: vec![of_network, of_marks, of_endpoint],
                     };
@@ -270,6 +273,25 @@ impl Shims {
             Request::Explain { container } => {
                 Ok(Response::Explained(self.endpoints.explain(&container)?))
             }
+            Request::Forget {
+                node,
+                network,
+                local,
+            } => {
+                let forgotten = self.endpoints.forget(&node, network.as_deref(), local);
+                forgotten.await.map(done_to)
+            }
+            Request::Export { node, network } => {
+                let file = device.ok_or(Error::NoDevice)?;
+                let identities = self.endpoints.identities();
+                let exported = identities.export(&node, network.as_deref(), file).await;
+                exported.map(done_to)
+            }
+            Request::Import { network, origin } => {
+                let file = device.ok_or(Error::NoDevice)?;
+                let imported = self.endpoints.identities().import(network, origin, file);
+                imported.await.map(done_to)
+            }
             Request::Logout { container } => {
                 self.endpoints.logout(&container).await?;
                 Ok(Response::Ok)
@@ -284,6 +306,13 @@ fn podman_key(container_id: String, network_id: String) -> Key {
         engine: Engine::Podman,
         id: container_id,
         network_id,
+    }
+}
+
+fn done_to(kept: Kept) -> Response {
+    Response::Node {
+        network: kept.network,
+        hostname: kept.hostname,
     }
 }
 

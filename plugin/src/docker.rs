@@ -248,6 +248,7 @@ impl Plugin {
             container_id: container.id.clone(),
             container_name: container.name().to_owned(),
             network_name: network.name.clone(),
+            exist: self.engine.names().await.ok(),
             address: made.address,
             layers: vec![of_network, of_marks, of_endpoint],
         })

@@ -2,7 +2,7 @@
 
 use std::{
     collections::{HashMap, HashSet},
-    fs, mem,
+    mem,
     net::IpAddr,
     os::fd::{AsFd, OwnedFd},
     path::PathBuf,
@@ -22,7 +22,7 @@ use url::Url;
 use crate::{
     Error,
     api::{ContainerStatus, Engine, Explained, is_called},
-    identities::{Identities, Identity},
+    identities::{Identities, Identity, Kept, User},
     interface::{self, Device, Wanted, blocking},
     options::{self, Layer, Told, settle},
 };
@@ -58,6 +58,8 @@ pub(crate) struct Guest {
     pub(crate) container_id: String,
     pub(crate) container_name: String,
     pub(crate) network_name: String,
+    /// The names of all containers that the engine has, if it is known.
+    pub(crate) exist: Option<HashSet<String>>,
     /// The address that the engine itself has chosen for it, on a network of this host alone.
     pub(crate) address: Option<IpNet>,
     /// What is set for it above the host's configuration, the lowest first.
@@ -214,6 +216,11 @@ impl Endpoints {
         settle([&self.defaults, network]).map(|_| ())
     }
 
+    /// The identities of all nodes, also of those that do not run.
+    pub(crate) fn identities(&self) -> &Identities {
+        &self.identities
+    }
+
     /// Gives a container its node, and waits until `deadline` for its addresses. When this fails,
     /// nothing of it stays behind.
     pub(crate) async fn attach(
@@ -298,9 +305,20 @@ impl Endpoints {
             .or_else(|| options::dns_label(&guest.container_name))
             .or_else(|| options::dns_label(guest.container_id.get(..12)?))
             .unwrap_or_else(|| "container".into());
+        self.end_earlier(&guest, deadline).await;
+        let user = User {
+            engine: guest.key.engine,
+            container: guest.container_name.clone(),
+        };
         let identity = self
             .identities
-            .take(&guest.network_name, &hostname, deadline)
+            .take(
+                &guest.network_name,
+                &hostname,
+                &user,
+                guest.exist.as_ref(),
+                deadline,
+            )
             .await?;
         for told in told.iter_mut().filter(|told| told.key == "hostname") {
             if identity.hostname != hostname {
@@ -358,6 +376,7 @@ impl Endpoints {
                 return Err(error.into());
             }
         };
+        identity.note_user().await;
         let endpoint = Arc::new(Endpoint {
             guest,
             node,
@@ -392,6 +411,19 @@ impl Endpoints {
             all.end(watched, false).await;
         });
         Ok(endpoint)
+    }
+
+    /// Ends what is left of the container's earlier place on the network: Docker gives it another
+    /// each time, and does not tell the end of one when it crashes.
+    async fn end_earlier(self: &Arc<Self>, guest: &Guest, deadline: Instant) {
+        let mut earlier = self.of_container(guest.key.engine, &guest.container_id);
+        earlier.retain(|other| {
+            let key = &other.guest.key;
+            key.network_id == guest.key.network_id && key.id != guest.key.id
+        });
+        for endpoint in earlier {
+            self.end_within(endpoint, false, deadline).await;
+        }
     }
 
     async fn make_ready(
@@ -610,6 +642,21 @@ impl Endpoints {
         }
     }
 
+    /// Removes a node that no container uses, and takes it out of its tailnet first unless only its
+    /// state is to go.
+    pub(crate) async fn forget(
+        &self,
+        node: &str,
+        network: Option<&str>,
+        local: bool,
+    ) -> Result<Kept, Error> {
+        let kept = self.identities.forget(node, network, local).await?;
+        self.state().waiting.retain(|(status, _)| {
+            status.network != kept.network || status.node.hostname != kept.hostname
+        });
+        Ok(kept)
+    }
+
     /// All of them, and those that wait to be let in, by container and network.
     pub(crate) async fn status(&self) -> Vec<ContainerStatus> {
         let endpoints: Vec<_> = self.state().endpoints.values().cloned().collect();
@@ -815,10 +862,8 @@ impl Endpoint {
 /// Removes the state of an identity that is not going to be used again.
 async fn forget(identity: Identity) {
     let directory = identity.directory.clone();
-    let removed = blocking(move || fs::remove_dir_all(directory)).await;
-    if let Err(error) = removed
-        && error.kind() != std::io::ErrorKind::NotFound
-    {
+    let removed = blocking(move || tailnode_node::remove(&directory)).await;
+    if let Err(error) = removed {
         tracing::warn!("cannot remove {}: {error}", identity.directory.display());
     }
 }
@@ -841,7 +886,12 @@ mod tests {
             Endpoints::new(directory.path().to_owned(), Layer::default(), Offload::All).unwrap();
         let all = Arc::new(all);
         let soon = Instant::now() + Duration::from_secs(60);
-        let before = all.identities.take("tailnet", "web", soon).await.unwrap();
+        let user = User {
+            engine: Engine::Podman,
+            container: "web".into(),
+        };
+        let before = all.identities.take("tailnet", "web", &user, None, soon);
+        let before = before.await.unwrap();
         before.ending();
         let key = Key {
             engine: Engine::Podman,
@@ -853,6 +903,7 @@ mod tests {
             container_id: key.id.clone(),
             container_name: "web".into(),
             network_name: "tailnet".into(),
+            exist: None,
             address: None,
             layers: Vec::new(),
         };

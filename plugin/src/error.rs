@@ -1,5 +1,7 @@
 use std::{io, path::PathBuf};
 
+use crate::api::Engine;
+
 /// Why something could not be done, in words for the person at the prompt.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -146,9 +148,10 @@ pub enum Error {
         path: PathBuf,
     },
 
-    /// A shim's request came without the device.
+    /// A request came without the descriptor that belongs to it.
     #[error(
-        "the attach request brought no TUN device: shim and tailnoded are of different versions?"
+        "the request brought no TUN device or file: are its program and tailnoded of different \
+         versions?"
     )]
     NoDevice,
 
@@ -171,6 +174,67 @@ pub enum Error {
         /// What was given.
         container: String,
     },
+
+    /// A node that is not to be touched while it runs.
+    #[error(
+        "the node {hostname} on network {network} belongs to container {container}, which is running: \
+         stop that first (`{engine} stop {container}`)"
+    )]
+    NodeRuns {
+        /// The node's hostname.
+        hostname: String,
+        /// Its network.
+        network: String,
+        /// The container's engine.
+        engine: Engine,
+        /// The container.
+        container: String,
+    },
+
+    /// No such node is kept.
+    #[error(
+        "no node called {wanted} is kept here, nor one of such a container; what is kept: {known}"
+    )]
+    NoNode {
+        /// What was given.
+        wanted: String,
+        /// Those that are.
+        known: String,
+    },
+
+    /// More than one of the name.
+    #[error("more than one node is called {wanted} ({list}): say which with --network")]
+    ManyNodes {
+        /// What was given.
+        wanted: String,
+        /// Which there are.
+        list: String,
+    },
+
+    /// A node in the way of one that is imported.
+    #[error(
+        "there is a node {hostname} on network {network} here already: `tailnode forget {hostname} \
+         --network {network}` makes room, or import it with another --network"
+    )]
+    NodeExists {
+        /// The node's hostname.
+        hostname: String,
+        /// The network.
+        network: String,
+    },
+
+    /// A file that should hold an exported node.
+    #[error("{} holds no node that `tailnode state export` wrote: {reason}", path.display())]
+    NotANode {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
+
+    /// A node's state cannot be used.
+    #[error(transparent)]
+    State(#[from] tailnode_node::StateError),
 
     /// The node could not start or did not get ready.
     #[error(transparent)]

@@ -5,7 +5,7 @@
 //! whatever goes wrong is a warning.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, HashSet},
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -100,6 +100,23 @@ pub(crate) fn marks(database: &Path, container_id: &str) -> Marks {
     })
 }
 
+/// The names of all containers; `None` when they cannot be read. Blocks for at most a quarter of a
+/// second.
+pub(crate) fn names(database: &Path) -> Option<HashSet<String>> {
+    let read = |podman: Connection| {
+        let mut all = podman.prepare("SELECT Name FROM ContainerConfig")?;
+        let names = all.query_map([], |row| row.get(0))?;
+        names.collect::<Result<_, _>>().map(Some)
+    };
+    look(database, read).unwrap_or_else(|error| {
+        tracing::warn!(
+            database = %database.display(),
+            "cannot tell which containers Podman has: {error}"
+        );
+        None
+    })
+}
+
 /// The running containers with a device of a tailnet. Blocks for at most a quarter of a second.
 pub(crate) fn running(database: &Path) -> Vec<Container> {
     let read = |podman: Connection| {
@@ -173,6 +190,7 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("db.sql");
         assert_eq!(marks(&path, "c1"), Marks::default());
+        assert_eq!(names(&path), None);
         let connection = Connection::open(&path).unwrap();
         assert_eq!(marks(&path, "c1"), Marks::default());
         connection
@@ -194,12 +212,15 @@ mod tests {
                 environment: [pair("PATH", "/bin"), pair("TS_HOSTNAME", "a=b")].into(),
             }
         );
+        let all = ["web", "bare", "odd"].map(String::from);
+        assert_eq!(names(&path), Some(all.into()));
         for id in ["c2", "c3", "c4"] {
             assert_eq!(marks(&path, id), Marks::default(), "{id}");
         }
         // A write in progress does not hold us up beyond the limit, and is no failure.
         connection.execute_batch("BEGIN EXCLUSIVE").unwrap();
         assert_eq!(marks(&path, "c1"), Marks::default());
+        assert_eq!(names(&path), None);
         connection.execute_batch("ROLLBACK").unwrap();
         // Another schema, as some release of Podman's to come may have, costs what is in it.
         connection

@@ -266,6 +266,12 @@ impl Host {
         self.daemon.log()
     }
 
+    /// Where the daemon keeps the node of this hostname on the network `tailnet`.
+    pub fn state_of(&self, hostname: &str) -> PathBuf {
+        let nodes = self.directory.path().join("state/nodes");
+        nodes.join("tailnet").join(hostname)
+    }
+
     fn socket(&self) -> PathBuf {
         self.directory.path().join("run/tailnoded.sock")
     }

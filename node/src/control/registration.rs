@@ -1,6 +1,8 @@
 //! How a node joins: what to ask the control server, and what its answers mean
 //! (controlclient/direct.go, doLogin).
 
+use std::path::PathBuf;
+
 use base64::{Engine, engine::general_purpose::STANDARD};
 use tailnode_wire::{
     CAPABILITY_VERSION,
@@ -10,6 +12,7 @@ use tailnode_wire::{
 };
 
 use super::Secret;
+use crate::state::Keys;
 
 /// What the node is to the control server, as far as it knows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,6 +35,10 @@ pub struct Registration {
     node: NodeKeyPair,
     /// The key that it replaces.
     old: Option<NodeKeyPair>,
+    /// A key that was to replace it when we last ended: the server may know us by that one.
+    next: Option<NodeKeyPair>,
+    /// Where the keys are that were lost; whoever had them is another node to the server.
+    lost: Option<PathBuf>,
     /// Whether to present the auth key.
     present_key: bool,
     /// Why the auth key was refused.
@@ -64,13 +71,16 @@ pub enum Step {
 
 impl Registration {
     /// Begins. A key that is known to have expired is replaced at once. A node that was deleted
-    /// does not come back by its auth key: whoever deleted it wanted it gone.
-    pub fn new(node: NodeKeyPair, has_auth_key: bool, standing: Standing) -> Self {
+    /// does not come back by its auth key: whoever deleted it wanted it gone. One that lost its keys
+    /// does not either: it would come back under another name and address, and nobody would know.
+    pub fn new(keys: &Keys, has_auth_key: bool, standing: Standing) -> Self {
         let mut new = Self {
             standing,
-            node,
+            node: keys.node.clone(),
             old: None,
-            present_key: has_auth_key && standing != Standing::Forgotten,
+            next: keys.next.clone(),
+            lost: keys.replaces.clone(),
+            present_key: has_auth_key && standing != Standing::Forgotten && keys.replaces.is_none(),
             key_refused: None,
             visit: None,
         };
@@ -89,11 +99,37 @@ impl Registration {
                 the server lost its state"
                 .to_owned(),
         };
+        if let Some(lost) = &self.lost {
+            reason = format!(
+                "its keys were damaged and are set aside as {}: put them back from a backup, or it \
+                 joins as a new node",
+                lost.display()
+            );
+        }
         if let Some(refusal) = &self.key_refused {
             let and = if reason.is_empty() { "" } else { ", and " };
             reason += &format!("{and}the auth key is of no more use: {refusal}");
         }
         reason
+    }
+
+    /// What else than the page lets the node in, and why it must be let in: [`Self::reason`] for a
+    /// person who is shown the page.
+    pub fn reason_to_visit(&self) -> String {
+        let reason = self.reason();
+        match &self.lost {
+            _ if reason.is_empty() => reason,
+            Some(_) => reason + " (by its auth key only after `tailnode forget`)",
+            None => reason + " (a restart with a valid auth key lets it in, too)",
+        }
+    }
+
+    /// The key that is to replace the one that the server knows: to be kept before it is asked.
+    pub fn next(&self) -> Option<&NodeKeyPair> {
+        match self.old {
+            Some(_) => Some(&self.node),
+            None => self.next.as_ref(),
+        }
     }
 
     /// The page that a person is to visit; the server answers the next request when they have.
@@ -139,6 +175,9 @@ impl Registration {
                 self.key_refused = Some(answer.error);
                 return Step::Again;
             }
+            if self.try_next() {
+                return Step::Again;
+            }
             return Step::Refused(self.key_refused.take().unwrap_or(answer.error));
         }
         if answer.node_key_expired {
@@ -150,6 +189,9 @@ impl Registration {
             return Step::Again;
         }
         if !answer.auth_url.is_empty() {
+            if self.visit.is_none() && self.try_next() {
+                return Step::Again;
+            }
             // Whoever gave a key expects no page: that the key is wrong is what they must know. But
             // a node that runs already waits for a person rather than give up.
             if self.standing == Standing::Stranger
@@ -168,7 +210,17 @@ impl Registration {
 
     fn rotate(&mut self) {
         self.standing = Standing::Expired;
-        self.old = Some(std::mem::replace(&mut self.node, NodeKeyPair::random()));
+        let next = self.next.take().unwrap_or_else(NodeKeyPair::random);
+        self.old = Some(std::mem::replace(&mut self.node, next));
+    }
+
+    /// The server does not know us by the key that we had: it may know the next one.
+    fn try_next(&mut self) -> bool {
+        let has_one = self.next.is_some() && self.old.is_none();
+        if has_one {
+            self.rotate();
+        }
+        has_one
     }
 }
 
@@ -216,8 +268,9 @@ mod tests {
 
     #[test]
     fn a_key_opens_the_door() {
-        let node = NodeKeyPair::random();
-        let mut registration = Registration::new(node.clone(), true, Standing::Stranger);
+        let keys = Keys::random();
+        let node = keys.node.clone();
+        let mut registration = Registration::new(&keys, true, Standing::Stranger);
         assert_eq!(request(&registration).auth.unwrap().auth_key, "tskey-test");
         assert_eq!(
             registration.answer(joined()),
@@ -230,7 +283,7 @@ mod tests {
 
     #[test]
     fn a_member_with_a_spent_key_stays_a_member() {
-        let mut registration = Registration::new(NodeKeyPair::random(), true, Standing::Stranger);
+        let mut registration = Registration::new(&Keys::random(), true, Standing::Stranger);
         assert_eq!(registration.answer(error("key was used")), Step::Again);
         assert_eq!(request(&registration).auth, None);
         assert!(matches!(
@@ -242,8 +295,7 @@ mod tests {
     #[test]
     fn a_stranger_with_a_spent_key_is_told_of_the_key() {
         for second in [page("https://login"), error("unknown node")] {
-            let mut registration =
-                Registration::new(NodeKeyPair::random(), true, Standing::Stranger);
+            let mut registration = Registration::new(&Keys::random(), true, Standing::Stranger);
             registration.answer(error("key was used"));
             assert_eq!(
                 registration.answer(second),
@@ -254,7 +306,7 @@ mod tests {
 
     #[test]
     fn a_person_logs_in() {
-        let mut registration = Registration::new(NodeKeyPair::random(), false, Standing::Stranger);
+        let mut registration = Registration::new(&Keys::random(), false, Standing::Stranger);
         assert_eq!(registration.visit(), None);
         assert_eq!(
             registration.answer(page("https://a")),
@@ -273,8 +325,9 @@ mod tests {
 
     #[test]
     fn an_expired_key_is_replaced_once() {
-        let old = NodeKeyPair::random();
-        let mut registration = Registration::new(old.clone(), true, Standing::Member);
+        let keys = Keys::random();
+        let old = keys.node.clone();
+        let mut registration = Registration::new(&keys, true, Standing::Member);
         assert_eq!(registration.answer(expired()), Step::Again);
         let next = request(&registration);
         assert_eq!(next.old_node_key, Some(old.public));
@@ -288,14 +341,14 @@ mod tests {
         };
         assert_eq!(node.public, next.node_key);
         assert_eq!(registration.answer(expired()), Step::Expired);
-        let known = Registration::new(old.clone(), true, Standing::Expired);
+        let known = Registration::new(&keys, true, Standing::Expired);
         assert_eq!(request(&known).old_node_key, Some(old.public));
     }
 
     #[test]
     fn a_member_without_a_good_key_waits_for_a_person() {
         for standing in [Standing::Member, Standing::Expired] {
-            let mut registration = Registration::new(NodeKeyPair::random(), true, standing);
+            let mut registration = Registration::new(&Keys::random(), true, standing);
             assert_eq!(registration.answer(error("key was used")), Step::Again);
             let step = registration.answer(page("https://a"));
             assert_eq!(step, Step::Visit("https://a".into()));
@@ -305,8 +358,9 @@ mod tests {
 
     #[test]
     fn a_deleted_node_does_not_use_its_key() {
-        let node = NodeKeyPair::random();
-        let mut registration = Registration::new(node.clone(), true, Standing::Forgotten);
+        let keys = Keys::random();
+        let node = keys.node.clone();
+        let mut registration = Registration::new(&keys, true, Standing::Forgotten);
         assert_eq!(request(&registration).auth, None);
         assert!(registration.reason().contains("deleted"));
         let step = registration.answer(page("https://a"));
@@ -319,13 +373,64 @@ mod tests {
         );
     }
 
+    /// The power was cut while the server was asked for a new key: nobody knows whether it agreed.
+    #[test]
+    fn a_node_that_ended_between_two_keys_is_known_by_one_of_them() {
+        let keys = Keys {
+            next: Some(NodeKeyPair::random()),
+            ..Keys::random()
+        };
+        let next = keys.next.clone().unwrap();
+        let begin = || {
+            let registration = Registration::new(&keys, false, Standing::Member);
+            assert_eq!(registration.next(), Some(&next));
+            assert_eq!(request(&registration).node_key, keys.node.public);
+            registration
+        };
+        // It did not, and the old key was good or was made so.
+        let rotated = false;
+        let node = keys.node.clone();
+        assert_eq!(begin().answer(joined()), Step::Joined { node, rotated });
+        for unknown in [page("https://a"), error("unknown node"), expired()] {
+            let mut registration = begin();
+            assert_eq!(registration.answer(unknown), Step::Again);
+            let asked = request(&registration);
+            assert_eq!(asked.node_key, next.public);
+            assert_eq!(asked.old_node_key, Some(keys.node.public));
+            let (node, rotated) = (next.clone(), true);
+            assert_eq!(
+                registration.answer(joined()),
+                Step::Joined { node, rotated }
+            );
+        }
+    }
+
+    #[test]
+    fn a_node_that_lost_its_keys_waits_for_a_person() {
+        let keys = Keys {
+            replaces: Some("/state/keys.json.damaged-x".into()),
+            ..Keys::random()
+        };
+        let mut registration = Registration::new(&keys, true, Standing::Stranger);
+        assert_eq!(request(&registration).auth, None);
+        let step = registration.answer(page("https://a"));
+        assert_eq!(step, Step::Visit("https://a".into()));
+        let reason = registration.reason_to_visit();
+        assert!(reason.contains("/state/keys.json.damaged-x"), "{reason}");
+        assert!(reason.contains("tailnode forget"), "{reason}");
+    }
+
     proptest! {
         /// Whatever the server says, haste ends: only waiting for a person goes on for ever.
         #[test]
-        fn no_server_keeps_us_asking_in_haste(answers in proptest::collection::vec(0..4u8, 20), has_key: bool, which in 0..4usize) {
+        fn no_server_keeps_us_asking_in_haste(answers in proptest::collection::vec(0..4u8, 20), has_key: bool, spare: bool, which in 0..4usize) {
             use Standing::{Expired, Forgotten, Member, Stranger};
             let standing = [Stranger, Member, Expired, Forgotten][which];
-            let mut registration = Registration::new(NodeKeyPair::random(), has_key, standing);
+            let keys = Keys {
+                next: spare.then(NodeKeyPair::random),
+                ..Keys::random()
+            };
+            let mut registration = Registration::new(&keys, has_key, standing);
             let mut hasty = 0;
             for answer in answers {
                 let before = request(&registration);
@@ -342,7 +447,7 @@ mod tests {
                     Step::Joined { .. } | Step::Refused(_) | Step::Expired => break,
                 }
             }
-            prop_assert!(hasty <= 2);
+            prop_assert!(hasty <= 3);
         }
     }
 }

@@ -2,7 +2,7 @@
 //! holds while it waits for us.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, HashMap, HashSet},
     path::PathBuf,
     time::Duration,
 };
@@ -151,6 +151,12 @@ impl Docker {
             Ok(running)
         })
         .await
+    }
+
+    /// The names of all containers.
+    pub(super) async fn names(&self) -> Result<HashSet<String>, Error> {
+        let all = self.in_time(self.containers(&[])).await?;
+        Ok(all.iter().map(|all| all.name().to_owned()).collect())
     }
 
     async fn containers(&self, filters: &[(&str, &str)]) -> Result<Vec<Container>, Error> {

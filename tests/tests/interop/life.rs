@@ -1,18 +1,19 @@
 use std::{
-    env,
+    env, fs,
     net::IpAddr,
     thread,
     time::{Duration, Instant},
 };
 
 use chrono::{TimeDelta, Utc};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::scene::*;
 
 pub const CASES: &[Case] = &[
     ("life.expired-rejoins", WITH_KEYS, expired_rejoins),
     ("life.expired-asks", WITH_KEYS, expired_asks),
+    ("life.expired-killed", WITH_KEYS, expired_killed),
     ("life.expired-peer", ALL, expired_peer),
     ("life.deleted", WITH_KEYS, deleted),
     ("life.swept-out", WITH_KEYS, swept_out),
@@ -71,6 +72,34 @@ fn expired_asks(server: Server) {
     assert_eq!(web.addresses_now(), web.addresses);
     reach(&gopher, &web.addresses);
     same_bytes(&web, &gopher, 1_000_000);
+}
+
+/// The daemon is killed when the server has agreed to another key and the node has not heard of it.
+fn expired_killed(server: Server) {
+    let scene = Scene::new(server);
+    for (name, flags) in [("web", &["--reusable"][..]), ("db", &[])] {
+        let mut node = scene.ours(name, &scene.key(flags), scene.host());
+        let file = node.host.state_of(name).join("keys.json");
+        let keys = || -> Value { serde_json::from_slice(&fs::read(&file).unwrap()).unwrap() };
+        let mut kept = keys();
+        scene.expire(name);
+        if flags.is_empty() {
+            scene.approve(&node.page("its key has expired"));
+        }
+        within(PATIENCE, "the node has another key", || {
+            keys()["node"] != kept["node"]
+        });
+        node.host.kill();
+        kept["next"] = keys()["node"].clone();
+        fs::write(&file, kept.to_string()).unwrap();
+        node.host.restart();
+        let addresses = node.addresses.clone();
+        let node = Ours::attach(node.host, node.container.started_again()).unwrap();
+        within(PATIENCE, "the node runs again", || {
+            node.state() == "running"
+        });
+        assert_eq!(node.addresses_now(), addresses);
+    }
 }
 
 fn expired_peer(server: Server) {
