@@ -1,14 +1,17 @@
 //! `tailnode`: what the nodes of this host's containers are doing.
 
+mod migrate;
 mod status;
 
 use std::{
+    fs,
     io::{self, Write},
+    path::{Path, PathBuf},
     process::ExitCode,
     time::Duration,
 };
 
-use anyhow::bail;
+use anyhow::{Context, bail};
 use clap::{Parser, Subcommand};
 use tailnode_plugin::api::{self, Request, Response, is_called};
 
@@ -59,12 +62,28 @@ enum Command {
         /// Its name, or the beginning of its id.
         container: String,
     },
+    /// Move over from what people use instead.
+    #[command(subcommand)]
+    Migrate(Migrate),
+}
+
+#[derive(Subcommand)]
+enum Migrate {
+    /// Print a compose file with Tailscale sidecars as one without.
+    ///
+    /// What has no equivalent is said on standard error. The file itself stays as it is, and no
+    /// auth key is printed or taken over.
+    Compose {
+        /// The compose file; - is standard input.
+        file: PathBuf,
+    },
 }
 
 fn main() -> ExitCode {
     let done = match Arguments::parse().command {
         Command::Status { container, json } => status(container.as_deref(), json),
         Command::Logout { container } => logout(container),
+        Command::Migrate(Migrate::Compose { file }) => migrate_compose(&file),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
@@ -100,6 +119,24 @@ fn status(container: Option<&str>, json: bool) -> anyhow::Result<()> {
         true => serde_json::to_string_pretty(&list)? + "\n",
         false => status::render(&list),
     };
+    print(&text)
+}
+
+fn migrate_compose(file: &Path) -> anyhow::Result<()> {
+    let text = match file == Path::new("-") {
+        true => io::read_to_string(io::stdin()),
+        false => fs::read_to_string(file),
+    };
+    let text = text.with_context(|| format!("{} cannot be read", file.display()))?;
+    let migration = migrate::compose(&text).with_context(|| file.display().to_string())?;
+    print(&migration.text)?;
+    for remark in &migration.remarks {
+        eprintln!("tailnode: {remark}");
+    }
+    Ok(())
+}
+
+fn print(text: &str) -> anyhow::Result<()> {
     match io::stdout().write_all(text.as_bytes()) {
         // The reader has seen enough, as with `| head`.
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
