@@ -125,14 +125,20 @@ pub fn compose(text: &str) -> Result<Migration, Error> {
 /// A text in which no key of Tailscale's is left, and the lines, from 1, that had one.
 fn without_keys(text: &str) -> (String, Vec<usize>) {
     const BEGIN: &str = "tskey-";
+    // `tskey-auth-…` in a comment is none.
+    const SHORTEST: usize = 16;
     let (mut clean, mut lines, mut rest) = (String::new(), Vec::new(), text);
     while let Some(at) = rest.find(BEGIN) {
         let key = &rest[at..];
         let is_key = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
         let end = key.find(|c| !is_key(c)).unwrap_or(key.len());
         clean += &rest[..at];
-        clean += "REMOVED";
-        lines.push(1 + clean.matches('\n').count());
+        if end < SHORTEST {
+            clean += &key[..end];
+        } else {
+            clean += "REMOVED";
+            lines.push(1 + clean.matches('\n').count());
+        }
         rest = &key[end..];
     }
     (clean + rest, lines)
@@ -439,6 +445,13 @@ impl<'a> Plan<'a> {
         self.speak_of_serving(sidecar, owner, hostname, &wanted);
         self.speak_of_what_goes(sidecar, hostname, &wanted, alone);
         self.replaced.push((name, owner_name));
+        let of_owner = self.services[owner].node;
+        if !alone && sidecar::is_environment(&self::environment(document, of_owner)) {
+            self.say(
+                owner_name,
+                "settings of the sidecar (TS_…) are in its own environment too: remove them there, its labels say it now",
+            );
+        }
 
         if alone {
             return self.hold_network(sidecar, &wanted, &network, &labels);
@@ -802,26 +815,36 @@ impl<'a> Plan<'a> {
         column: usize,
     ) -> String {
         let document = self.document;
-        let Some(value) = document.get(from, key) else {
+        let Some(value) = document
+            .get(from, key)
+            .filter(|value| !document.is_empty(*value))
+        else {
             return String::new();
         };
-        let theirs = |item: NodeId| match key {
-            "ports" => is_own_port(document, item, &wanted.port),
-            "sysctls" => document
-                .scalar(item)
-                .is_some_and(|text| FORWARDING.iter().any(|name| text.starts_with(name))),
-            _ => false,
+        let is_forwarding =
+            |text: &str| key == "sysctls" && FORWARDING.iter().any(|name| text.starts_with(name));
+        let goes = |item: NodeId| {
+            key == "ports" && is_own_port(document, item, &wanted.port)
+                || document.scalar(item).is_some_and(is_forwarding)
         };
-        let dropped: Vec<NodeId> = document
+        let (gone, items): (Vec<NodeId>, Vec<NodeId>) = document
             .items(value)
             .into_iter()
-            .filter(|item| theirs(*item))
-            .collect();
-        let is_forwarding = |name: &str| key == "sysctls" && FORWARDING.contains(&name);
-        let forwards = document
+            .partition(|item| goes(*item));
+        let (forwarding, entries): (Vec<_>, Vec<_>) = document
             .entries(value)
-            .iter()
-            .any(|(name, _)| is_forwarding(name));
+            .into_iter()
+            .partition(|(name, _)| is_forwarding(name));
+        if key == "ports" && !gone.is_empty() {
+            self.say(
+                self.name_of(from),
+                format!("the published port {}/udp was tailscaled's own: it is gone, nodes find their ways without", wanted.port),
+            );
+        }
+        let less = !gone.is_empty() || !forwarding.is_empty();
+        if less && items.is_empty() && entries.is_empty() {
+            return String::new();
+        }
         if document.get(to, key).is_some() {
             self.say(
                 self.name_of(to),
@@ -829,47 +852,28 @@ impl<'a> Plan<'a> {
             );
             return String::new();
         }
-        if dropped.is_empty() && !forwards {
-            if document.is_empty(value) {
-                return String::new();
-            }
+        if !less {
             // As it stands, with its comments, where that can be.
-            if let Some((map, at)) = document.locate(from, key)
-                && map == from
-                && !document.has_references(value)
-            {
-                return document.moved(map, at, column);
-            }
-            return format!("{:column$}{key}:{}", "", document.written(value, column));
-        }
-        if !dropped.is_empty() && key == "ports" {
-            self.say(
-                self.name_of(from),
-                format!("the published port {}/udp was tailscaled's own: it is gone, nodes find their ways without", wanted.port),
-            );
+            return match document.locate(from, key) {
+                Some((map, at)) if map == from && !document.has_references(value) => {
+                    document.moved(map, at, column)
+                }
+                _ => format!("{:column$}{key}:{}", "", document.written(value, column)),
+            };
         }
         let step = column + 2;
-        let mut lines = String::new();
-        for item in document
-            .items(value)
-            .into_iter()
-            .filter(|item| !dropped.contains(item))
-        {
+        let mut lines = format!("{:column$}{key}:\n", "");
+        for item in items {
             let item = document.written(item, step);
             lines += &match item.strip_prefix('\n') {
                 Some(map) => format!("{:step$}- {}", "", map.trim_start()),
                 None => format!("{:step$}-{item}", ""),
             };
         }
-        for (name, value) in document.entries(value) {
-            if !is_forwarding(name) {
-                lines += &format!("{:step$}{name}:{}", "", document.written(value, step));
-            }
+        for (name, value) in entries {
+            lines += &format!("{:step$}{name}:{}", "", document.written(value, step));
         }
-        match lines.is_empty() {
-            true => lines,
-            false => format!("{:column$}{key}:\n{lines}", ""),
-        }
+        lines
     }
 
     fn name_of(&self, node: NodeId) -> &'a str {
@@ -1334,7 +1338,11 @@ fn label_lines(labels: &[(String, String)], column: usize) -> String {
 /// Whether an item of `ports` is tailscaled's own UDP port.
 fn is_own_port(document: &Document, item: NodeId, port: &str) -> bool {
     match document.scalar(item) {
-        Some(short) => short.rsplit(':').next() == Some(&format!("{port}/udp")),
+        // Not by its colons: `${PORT:-41641}` has one too.
+        Some(short) => short
+            .strip_suffix("/udp")
+            .and_then(|short| short.strip_suffix(port))
+            .is_some_and(|host| host.is_empty() || host.ends_with(':')),
         None => {
             let text = |key| document.get(item, key).and_then(|id| document.scalar(id));
             text("target") == Some(port) && text("protocol") == Some("udp")

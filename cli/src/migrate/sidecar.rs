@@ -210,8 +210,7 @@ impl Wanted {
         };
         self.say(format!(
             "{from}: the {what} {was}. It is tailnoded's to keep, for the whole network: `tailnode login NETWORK` \
-             asks for it, or put it into /etc/tailnode/auth.key (mode 600) and \
-             `auth-key = \"file:/etc/tailnode/auth.key\"` into /etc/tailnode/config.toml"
+             asks for it"
         ));
     }
 
