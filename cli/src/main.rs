@@ -1,4 +1,4 @@
-//! `tailnode`: what the nodes of this host's containers are doing.
+//! `tailnode`: what the nodes of this host's containers are doing, and why.
 
 mod migrate;
 mod status;
@@ -13,7 +13,10 @@ use std::{
 
 use anyhow::{Context, bail};
 use clap::{Parser, Subcommand};
-use tailnode_plugin::api::{self, Request, Response, is_called};
+use tailnode_plugin::{
+    api::{self, Request, Response, is_called},
+    options::manual,
+};
 
 /// For the daemon to answer; it does so from memory.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -57,6 +60,21 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Show what is set for a container's nodes, and who set it.
+    Explain {
+        /// Its name, or the beginning of its id.
+        container: String,
+        /// Print JSON: of each network its container, container_id, engine, network and options, and
+        /// of each option key, value, origin and locked_by.
+        #[arg(long)]
+        json: bool,
+    },
+    /// List the options that a network, a container or the host can set.
+    Options {
+        /// Print the manual page, for man(1).
+        #[arg(long)]
+        man: bool,
+    },
     /// Take a container out of its tailnets until it is started again.
     Logout {
         /// Its name, or the beginning of its id.
@@ -82,6 +100,9 @@ enum Migrate {
 fn main() -> ExitCode {
     let done = match Arguments::parse().command {
         Command::Status { container, json } => status(container.as_deref(), json),
+        Command::Explain { container, json } => explain(container, json),
+        Command::Options { man: false } => print(&manual::text()),
+        Command::Options { man: true } => print(&manual::page()),
         Command::Logout { container } => logout(container),
         Command::Migrate(Migrate::Compose { file }) => migrate_compose(&file),
     };
@@ -92,6 +113,18 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+fn explain(container: String, json: bool) -> anyhow::Result<()> {
+    let request = Request::Explain { container };
+    let response = api::call(&api::socket_path(), &request, None, PATIENCE)?;
+    let Response::Explained(list) = response else {
+        bail!(OTHER_ANSWER);
+    };
+    print(&match json {
+        true => serde_json::to_string_pretty(&list)? + "\n",
+        false => status::render_options(&list),
+    })
 }
 
 fn logout(container: String) -> anyhow::Result<()> {
@@ -115,11 +148,10 @@ fn status(container: Option<&str>, json: bool) -> anyhow::Result<()> {
             );
         }
     }
-    let text = match json {
+    print(&match json {
         true => serde_json::to_string_pretty(&list)? + "\n",
         false => status::render(&list),
-    };
-    print(&text)
+    })
 }
 
 fn migrate_compose(file: &Path) -> anyhow::Result<()> {

@@ -10,7 +10,7 @@ use std::{
 };
 
 use sidecar::Wanted;
-use tailnode_plugin::options::Options;
+use tailnode_plugin::options::{Layer, Marks};
 use yaml::{Document, NodeId, plain};
 
 /// What a container that only holds a network runs: it does nothing, and ends when told to.
@@ -565,15 +565,17 @@ impl<'a> Plan<'a> {
             );
         }
         let hostname = hostname.unwrap_or_else(|| owner.to_owned());
-        let mut labels = vec![("tailscale.hostname".to_owned(), hostname.clone())];
-        let mut known = BTreeMap::from([("hostname".to_owned(), hostname)]);
+        let mut labels = vec![("tailscale.hostname".to_owned(), hostname)];
         for (key, value) in &wanted.options {
             labels.push((format!("tailscale.{key}"), value.clone()));
-            known.insert((*key).to_owned(), value.clone());
         }
         // What compose is to fill in is checked when the container starts.
-        known.retain(|_, value| !value.contains('$'));
-        if let Err(error) = Options::of_container(&known) {
+        let known = labels.iter().filter(|(_, value)| !value.contains('$'));
+        let marks = Marks {
+            labels: known.cloned().collect(),
+            ..Marks::default()
+        };
+        if let Err(error) = Layer::of_marks(&marks) {
             self.say(sidecar, error.to_string());
         }
         labels

@@ -26,7 +26,7 @@ use rustix::net::{
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use tailnode_tun::Interface;
 
-use crate::Error;
+use crate::{Error, options::Told};
 
 /// The longest message, in bytes, its newline included.
 const MAX_MESSAGE: usize = 1 << 20;
@@ -64,6 +64,13 @@ pub enum Request {
         /// Those of this container on it.
         endpoint_options: BTreeMap<String, String>,
     },
+    /// Whether a network may have these options under the host's configuration: `Ok`, or why not.
+    Allows {
+        /// Its name.
+        network_name: String,
+        /// Its options.
+        network_options: BTreeMap<String, String>,
+    },
     /// Stop the container's node on this network; harmless if it has none.
     Detach {
         /// As it was attached.
@@ -73,6 +80,12 @@ pub enum Request {
     },
     /// All containers with a node.
     Status,
+    /// What holds for a container on each of its networks, and who set it. Answered with
+    /// [`Response::Explained`].
+    Explain {
+        /// The container's name, or the beginning of its id.
+        container: String,
+    },
     /// Take the nodes of a container out of their tailnets; they stay in the list as stopped. The
     /// container joins again when it is started again.
     Logout {
@@ -89,7 +102,7 @@ pub enum Response {
     Attached {
         /// The device.
         interface: Interface,
-        /// The node's resolver.
+        /// The node's resolver; none where the container's DNS is to stay as it is.
         dns_servers: Vec<IpAddr>,
         /// Domains to complete short names with.
         search_domains: Vec<String>,
@@ -98,6 +111,8 @@ pub enum Response {
     Ok,
     /// Every container with a node, by name.
     Status(Vec<ContainerStatus>),
+    /// The container's options, by network.
+    Explained(Vec<Explained>),
     /// It was not done. [`call`] returns this as [`Error::Daemon`].
     Error {
         /// Why, and what to do.
@@ -139,6 +154,21 @@ pub struct ContainerStatus {
     pub interface: String,
     /// The node.
     pub node: tailnode_node::Status,
+}
+
+/// A container's options on one network.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Explained {
+    /// The container's name.
+    pub container: String,
+    /// The engine's id of it.
+    pub container_id: String,
+    /// The engine.
+    pub engine: Engine,
+    /// The network's name.
+    pub network: String,
+    /// All of them, in the order of the manual.
+    pub options: Vec<Told>,
 }
 
 /// Whether a person who writes `wanted` means this container: by its name, or by the beginning of

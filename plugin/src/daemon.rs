@@ -26,8 +26,8 @@ use crate::{
     api::{self, Engine, Request, Response},
     docker::Plugin,
     endpoints::{Endpoints, Guest, Key, Ready, Tun},
-    interface::{self, blocking},
-    options::Options,
+    interface::blocking,
+    options::Layer,
     podman,
 };
 
@@ -93,7 +93,7 @@ impl From<Offload> for tailnode_node::Offload {
 
 /// Runs the daemon until it gets SIGTERM or SIGINT; then all nodes are stopped.
 pub async fn run(settings: Settings) -> Result<(), Error> {
-    let defaults = Options::of_file(&settings.config)?;
+    let defaults = Layer::of_file(&settings.config)?;
     private_directory(&settings.state)?;
     let nodes = settings.state.join("nodes");
     let _held = [hold(&nodes)?, hold(&settings.run_dir)?];
@@ -227,19 +227,18 @@ impl Shims {
                 let subject = format!("container {container_name} on network {network_name}");
                 let attach = async {
                     let device = device.ok_or(Error::NoDevice)?;
-                    let of_container = Options::of_container(&endpoint_options)?;
-                    let of_network = Options::of_network(&network_options)?;
+                    let of_endpoint = Layer::of_endpoint(&endpoint_options)?;
+                    let of_network = Layer::of_network(&network_name, &network_options)?;
                     let (database, id) = (self.podman_db.clone(), container_id.clone());
-                    let labels = blocking(move || podman::labels(&database, &id)).await;
+                    let marks = blocking(move || podman::marks(&database, &id)).await;
+                    let of_marks = Layer::of_marks(&marks)?;
                     let guest = Guest {
                         key: podman_key(container_id.clone(), network_id),
                         container_id,
                         container_name,
                         network_name,
                         address: None,
-                        options: of_container
-                            .over(Options::of_labels(&labels)?)
-                            .over(of_network),
+                        layers: vec![of_network, of_marks, of_endpoint],
                     };
                     let device = Tun::Given(device);
                     self.endpoints.attach(guest, device, deadline).await
@@ -252,6 +251,14 @@ impl Shims {
                     }
                 }
             }
+            Request::Allows {
+                network_name,
+                network_options,
+            } => {
+                let of_network = Layer::of_network(&network_name, &network_options)?;
+                self.endpoints.allows(&of_network)?;
+                Ok(Response::Ok)
+            }
             Request::Detach {
                 container_id,
                 network_id,
@@ -259,6 +266,9 @@ impl Shims {
                 let key = podman_key(container_id, network_id);
                 self.endpoints.detach(&key).await;
                 Ok(Response::Ok)
+            }
+            Request::Explain { container } => {
+                Ok(Response::Explained(self.endpoints.explain(&container)?))
             }
             Request::Logout { container } => {
                 self.endpoints.logout(&container).await?;
@@ -280,7 +290,7 @@ fn podman_key(container_id: String, network_id: String) -> Key {
 fn attached(ready: &Ready) -> Response {
     Response::Attached {
         interface: ready.interface.clone(),
-        dns_servers: vec![interface::resolver(&ready.interface)],
+        dns_servers: ready.dns_servers.clone(),
         search_domains: ready.search_domains.clone(),
     }
 }
@@ -395,8 +405,10 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let (listener, file) = listen(directory.path().join("s.sock")).await.unwrap();
         let nodes = directory.path().join("nodes");
-        let endpoints =
-            Arc::new(Endpoints::new(nodes, Options::default(), Offload::All.into()).unwrap());
+        let config = directory.path().join("config.toml");
+        fs::write(&config, "lock = 'exit-node'").unwrap();
+        let defaults = Layer::of_file(&config).unwrap();
+        let endpoints = Arc::new(Endpoints::new(nodes, defaults, Offload::All.into()).unwrap());
         let podman_db = directory.path().join("db.sql");
         let server = tokio::spawn(
             Arc::new(Shims {
@@ -440,10 +452,33 @@ mod tests {
                 network_id: "y".into(),
             };
             assert_eq!(call(detach, None).unwrap(), Response::Ok);
+            let explain = Request::Explain {
+                container: "x".into(),
+            };
+            let error = call(explain, None).unwrap_err().to_string();
+            assert!(error.contains("no container called x"), "{error}");
             assert_eq!(
                 call(Request::Status, None).unwrap(),
                 Response::Status(Vec::new())
             );
+        })
+        .await;
+    }
+
+    #[tokio::test]
+    async fn a_network_is_looked_at_before_it_is_made() {
+        with_daemon(|call| {
+            let allows = |key: &str, value: &str| {
+                let request = Request::Allows {
+                    network_name: "tailnet".into(),
+                    network_options: options(key, value),
+                };
+                call(request, None)
+            };
+            assert_eq!(allows("tags", "tag:web").unwrap(), Response::Ok);
+            // The daemon's file, which `with_daemon` gives it, locks this.
+            let error = allows("exit-node", "gw").unwrap_err().to_string();
+            assert!(error.contains("config.toml locks it. Root may"), "{error}");
         })
         .await;
     }
@@ -481,12 +516,8 @@ mod tests {
         let (listener, file) = listen(directory.path().join("s.sock")).await.unwrap();
         let shims = Arc::new(Shims {
             endpoints: Arc::new(
-                Endpoints::new(
-                    "/nonexistent".into(),
-                    Options::default(),
-                    Offload::All.into(),
-                )
-                .unwrap(),
+                Endpoints::new("/nonexistent".into(), Layer::default(), Offload::All.into())
+                    .unwrap(),
             ),
             podman_db: "/nonexistent/db.sql".into(),
         });

@@ -3,6 +3,7 @@
 use std::{
     collections::{HashMap, HashSet},
     fs, mem,
+    net::IpAddr,
     os::fd::{AsFd, OwnedFd},
     path::PathBuf,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
@@ -20,10 +21,10 @@ use url::Url;
 
 use crate::{
     Error,
-    api::{ContainerStatus, Engine, is_called},
+    api::{ContainerStatus, Engine, Explained, is_called},
     identities::{Identities, Identity},
     interface::{self, Device, Wanted, blocking},
-    options::{self, Options},
+    options::{self, Layer, Told, settle},
 };
 
 /// How long a detach is waited for. A node that cannot reach its control server to log out goes on
@@ -59,8 +60,8 @@ pub(crate) struct Guest {
     pub(crate) network_name: String,
     /// The address that the engine itself has chosen for it, on a network of this host alone.
     pub(crate) address: Option<IpNet>,
-    /// All that is set for it except by the host's configuration.
-    pub(crate) options: Options,
+    /// What is set for it above the host's configuration, the lowest first.
+    pub(crate) layers: Vec<Layer>,
 }
 
 /// The device that its node serves.
@@ -75,13 +76,14 @@ pub(crate) enum Tun {
 pub(crate) struct Ready {
     /// How the device is to be set up.
     pub(crate) interface: Interface,
+    pub(crate) dns_servers: Vec<IpAddr>,
     pub(crate) search_domains: Vec<String>,
     endpoint: Arc<Endpoint>,
 }
 
 /// The nodes of all the host's containers.
 pub(crate) struct Endpoints {
-    defaults: Options,
+    defaults: Layer,
     identities: Identities,
     host: (u64, u64),
     /// All nodes of this daemon.
@@ -170,8 +172,11 @@ struct Endpoint {
     node: Node,
     login_server: Url,
     ephemeral: bool,
+    accepts_dns: bool,
     routes: RoutePreferences,
     exit: Exit,
+    /// Its options, and who set them.
+    told: Vec<Told>,
     held: Mutex<Held>,
 }
 
@@ -191,7 +196,7 @@ impl Endpoints {
     /// configuration sets.
     pub(crate) fn new(
         directory: PathBuf,
-        defaults: Options,
+        defaults: Layer,
         offload: Offload,
     ) -> Result<Self, Error> {
         Ok(Endpoints {
@@ -202,6 +207,11 @@ impl Endpoints {
             offload,
             state: Mutex::default(),
         })
+    }
+
+    /// Whether a network may have these options under the host's configuration.
+    pub(crate) fn allows(&self, network: &Layer) -> Result<(), Error> {
+        settle([&self.defaults, network]).map(|_| ())
     }
 
     /// Gives a container its node, and waits until `deadline` for its addresses. When this fails,
@@ -277,10 +287,11 @@ impl Endpoints {
         turn: u32,
         deadline: Instant,
     ) -> Result<Arc<Endpoint>, Error> {
-        let options = guest.options.clone().over(self.defaults.clone());
+        let settled = settle(std::iter::once(&self.defaults).chain(&guest.layers))?;
+        let (options, mut told) = (settled.options, settled.told);
         let login_server = options.login_server()?;
         let auth_key = options.read_auth_key()?;
-        let ephemeral = options.ephemeral.unwrap_or(false);
+        let (ephemeral, accepts_dns) = (options.ephemeral, options.accepts_dns());
         let (routes, exit) = (options.routes()?, options.exit());
         let hostname = options
             .hostname
@@ -291,6 +302,12 @@ impl Endpoints {
             .identities
             .take(&guest.network_name, &hostname, deadline)
             .await?;
+        for told in told.iter_mut().filter(|told| told.key == "hostname") {
+            if identity.hostname != hostname {
+                told.origin += &format!(", where {hostname} is in use");
+            }
+            told.value = identity.hostname.clone();
+        }
         if !self.state().wants(&guest.key, turn) {
             return Err(Error::Detached);
         }
@@ -322,9 +339,10 @@ impl Endpoints {
             login_server: login_server.clone(),
             auth_key,
             hostname: identity.hostname.clone(),
-            tags: options.tags.unwrap_or_default(),
+            tags: options.tags,
             routes: routes.clone(),
             ephemeral,
+            accept_dns: accepts_dns,
             names_elsewhere,
             offload: self.offload,
             neighbours: self.neighbours.clone(),
@@ -345,8 +363,10 @@ impl Endpoints {
             node,
             login_server,
             ephemeral,
+            accepts_dns,
             routes,
             exit,
+            told,
             held: Mutex::new(Held {
                 tun: Some(Arc::new(copy)),
                 identity: Some(identity),
@@ -401,9 +421,18 @@ impl Endpoints {
             endpoint.node.join(segment, address).await;
         }
         self.clone().keep(endpoint);
+        let interface = self.wanted(endpoint, endpoint.index().unwrap_or(0));
+        let (dns_servers, search_domains) = match endpoint.accepts_dns {
+            true => (
+                vec![interface::resolver(&interface)],
+                identity.search_domains,
+            ),
+            false => (Vec::new(), Vec::new()),
+        };
         Ok(Ready {
-            interface: self.wanted(endpoint, endpoint.index().unwrap_or(0)),
-            search_domains: identity.search_domains,
+            interface,
+            dns_servers,
+            search_domains,
             endpoint: endpoint.clone(),
         })
     }
@@ -456,7 +485,7 @@ impl Endpoints {
             index,
             reach: &endpoint.node.reach().borrow(),
             taken: &taken,
-            trap_dns: guest.key.engine == Engine::Docker,
+            trap_dns: guest.key.engine == Engine::Docker && endpoint.accepts_dns,
             exit: endpoint.exit,
             forwards: !endpoint.routes.offered().is_empty(),
         })
@@ -544,22 +573,41 @@ impl Endpoints {
     /// Takes the nodes of the container of this name, or of an id that begins so, out of their
     /// tailnets.
     pub(crate) async fn logout(&self, container: &str) -> Result<(), Error> {
+        let mut logouts = JoinSet::new();
+        for endpoint in self.called(container)? {
+            logouts.spawn(async move { endpoint.node.logout().await });
+        }
+        let outcomes = logouts.join_all().await;
+        Ok(outcomes.into_iter().collect::<Result<(), _>>()?)
+    }
+
+    /// What holds for the container of this name, or of an id that begins so, on each of its
+    /// networks, and who says so.
+    pub(crate) fn explain(&self, container: &str) -> Result<Vec<Explained>, Error> {
+        let mut list: Vec<_> = self
+            .called(container)?
+            .iter()
+            .map(|it| it.explain())
+            .collect();
+        list.sort_by(|a, b| {
+            (&a.container, a.engine, &a.network).cmp(&(&b.container, b.engine, &b.network))
+        });
+        Ok(list)
+    }
+
+    /// Those of the container of this name, or of an id that begins so: at least one.
+    fn called(&self, container: &str) -> Result<Vec<Arc<Endpoint>>, Error> {
         let mut wanted: Vec<_> = self.state().endpoints.values().cloned().collect();
         wanted.retain(|endpoint| {
             let guest = &endpoint.guest;
             is_called(&guest.container_name, &guest.container_id, container)
         });
-        if wanted.is_empty() {
-            return Err(Error::NoContainer {
+        match wanted.is_empty() {
+            true => Err(Error::NoContainer {
                 container: container.to_owned(),
-            });
+            }),
+            false => Ok(wanted),
         }
-        let mut logouts = JoinSet::new();
-        for endpoint in wanted {
-            logouts.spawn(async move { endpoint.node.logout().await });
-        }
-        let outcomes = logouts.join_all().await;
-        Ok(outcomes.into_iter().collect::<Result<(), _>>()?)
     }
 
     /// All of them, and those that wait to be let in, by container and network.
@@ -679,6 +727,17 @@ impl Endpoint {
         }
     }
 
+    fn explain(&self) -> Explained {
+        let guest = &self.guest;
+        Explained {
+            container: guest.container_name.clone(),
+            container_id: guest.container_id.clone(),
+            engine: guest.key.engine,
+            network: guest.network_name.clone(),
+            options: self.told.clone(),
+        }
+    }
+
     /// Whether the node lives and serves this very device.
     async fn serves(&self, tun: &Tun) -> bool {
         if self.held().identity.is_none() {
@@ -778,12 +837,8 @@ mod tests {
     #[tokio::test]
     async fn a_container_that_is_detached_while_it_waits_gets_no_node() {
         let directory = tempfile::tempdir().unwrap();
-        let all = Endpoints::new(
-            directory.path().to_owned(),
-            Options::default(),
-            Offload::All,
-        )
-        .unwrap();
+        let all =
+            Endpoints::new(directory.path().to_owned(), Layer::default(), Offload::All).unwrap();
         let all = Arc::new(all);
         let soon = Instant::now() + Duration::from_secs(60);
         let before = all.identities.take("tailnet", "web", soon).await.unwrap();
@@ -799,7 +854,7 @@ mod tests {
             container_name: "web".into(),
             network_name: "tailnet".into(),
             address: None,
-            options: Options::default(),
+            layers: Vec::new(),
         };
         let null = File::open("/dev/null").unwrap();
         let attach = all.attach(guest, Tun::Given(null.into()), soon);

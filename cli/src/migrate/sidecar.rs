@@ -221,11 +221,12 @@ impl Wanted {
         ));
     }
 
+    /// Theirs is off unless it is said, and ours on: only a plain no is taken over.
     fn accept_dns(&mut self, from: &str, value: &str) {
-        if go_bool(value) == Some(false) {
-            self.say(format!(
-                "{from}: names of the tailnet are always answered; other names as the host has them"
-            ));
+        match go_bool(value) {
+            Some(true) => {}
+            Some(false) => self.set("accept-dns", "false".into()),
+            None => self.switch("accept-dns", from, value),
         }
     }
 
