@@ -62,8 +62,8 @@ fn of_flags(text: &str) -> Vec<Word> {
         };
         match entry {
             Some(entry) => words.push(word(entry.key, entry.value, value)),
-            // `--ssh=false` asks for nothing.
-            None if needless.is_some() || is_false(value) => {}
+            // `--ssh=false` asks for nothing; this one asks by its no.
+            None if needless.is_some() || is_false(value) != (flag == "snat-subnet-routes") => {}
             None => words.push(Word {
                 key: flag.to_owned(),
                 value: value.to_owned(),
@@ -136,6 +136,11 @@ mod tests {
                 "TS_EXTRA_ARGS",
                 "--ssh --frob=1",
                 &[("ssh", "true"), ("frob", "1")],
+            ),
+            (
+                "TS_EXTRA_ARGS",
+                "--snat-subnet-routes --snat-subnet-routes=false",
+                &[("snat-subnet-routes", "false")],
             ),
             ("TS_EXTRA_ARGS", "--exit-node", &[("exit-node", "")]),
         ] {
