@@ -724,21 +724,16 @@ impl<'a> Plan<'a> {
         if networks.is_empty() {
             networks.push(("default", None));
         }
-        // Others may know it by the sidecar's name.
-        let mut aliases: Vec<&str> = Vec::new();
-        if !self.services[sidecar].sidecar || self.replaced.iter().any(|(_, owner)| *owner == name)
-        {
-            // It keeps its own.
-        } else {
-            let container = self.text(node, "container_name");
-            let names = [Some(name), container.filter(|container| *container != name)];
-            aliases.extend(
-                names
-                    .into_iter()
-                    .flatten()
-                    .filter(|name| self.is_called(name)),
-            );
-        }
+        // Others may know a sidecar that goes by its name.
+        let service = &self.services[sidecar];
+        let goes = service.sidecar && !self.replaced.contains(&(name, name));
+        let container = self.text(node, "container_name");
+        let names = [Some(name), container.filter(|container| *container != name)];
+        let aliases: Vec<&str> = names
+            .into_iter()
+            .flatten()
+            .filter(|name| goes && self.is_called(name))
+            .collect();
         let step = column + 2;
         if aliases.is_empty() && networks.iter().all(|(_, value)| value.is_none()) {
             let names = std::iter::once(network).chain(networks.iter().map(|(name, _)| *name));
@@ -774,23 +769,6 @@ impl<'a> Plan<'a> {
     /// Whether some other service, or a config, has `name` as the host of an address.
     fn is_called(&self, name: &str) -> bool {
         let document = self.document;
-        let in_address = |text: &str| {
-            text.match_indices(name).any(|(at, found)| {
-                let (before, after) = (&text[..at], &text[at + found.len()..]);
-                let begins =
-                    before.is_empty() || before.ends_with(['/', '=', '@', ',', ' ', '"', '\'']);
-                let port = after
-                    .strip_prefix(':')
-                    .is_some_and(|port| port.starts_with(|c: char| c.is_ascii_digit() || c == '$'));
-                begins
-                    && (port
-                        || before.ends_with("//")
-                            && !after.starts_with(|c: char| {
-                                c.is_ascii_alphanumeric() || c == '-' || c == '.'
-                            }))
-                    || after.is_empty() && before.ends_with('=')
-            })
-        };
         let mut places: Vec<NodeId> = Vec::new();
         for service in self.services.iter().filter(|service| !service.sidecar) {
             for key in [
@@ -813,7 +791,7 @@ impl<'a> Plan<'a> {
                 || document
                     .under(document.resolve(place))
                     .into_iter()
-                    .any(|id| document.scalar(id).is_some_and(in_address))
+                    .any(|id| document.scalar(id).is_some_and(|text| has_host(text, name)))
         })
     }
 
@@ -1340,6 +1318,20 @@ fn environment(document: &Document, service: NodeId) -> Vec<(&str, Option<&str>)
     listed.chain(mapped).collect()
 }
 
+/// Whether `name` is in a text as the host of an address: `//name`, `name:80`, or after the last `=`.
+fn has_host(text: &str, name: &str) -> bool {
+    text.match_indices(name).any(|(at, found)| {
+        let (before, after) = (&text[..at], &text[at + found.len()..]);
+        let begins = before.is_empty() || before.ends_with(['/', '=', '@', ',', ' ', '"', '\'']);
+        let ends = !after.starts_with(|c: char| c.is_ascii_alphanumeric() || c == '-' || c == '.');
+        let port = after
+            .strip_prefix(':')
+            .is_some_and(|port| port.starts_with(|c: char| c.is_ascii_digit() || c == '$'));
+        begins && (port || before.ends_with("//") && ends)
+            || before.ends_with('=') && after.is_empty()
+    })
+}
+
 fn label_lines(labels: &[(String, String)], column: usize) -> String {
     let step = column + 2;
     let lines = labels
@@ -1408,6 +1400,31 @@ mod tests {
                 matches!(again, Error::NoSidecar | Error::NothingToDo(_)),
                 "{name}: {again}"
             );
+        }
+    }
+
+    #[test]
+    fn names_are_found_in_addresses_only() {
+        for text in [
+            "http://ts/x",
+            "http://ts:80",
+            "ts:80",
+            "DB=ts",
+            "a,ts:$PORT",
+            "user@ts:5432",
+        ] {
+            assert!(has_host(text, "ts"), "{text}");
+        }
+        for text in [
+            "ts",
+            "bits",
+            "http://ts.net",
+            "http://ts-2:80",
+            "its:80",
+            "ts: yes",
+            "/ts/x",
+        ] {
+            assert!(!has_host(text, "ts"), "{text}");
         }
     }
 
