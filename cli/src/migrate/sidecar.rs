@@ -101,10 +101,12 @@ pub fn read(environment: &Environment) -> Wanted {
             )),
             "TS_EXTRA_ARGS" => {
                 for word in of_variable(name, &value) {
-                    // What looks like none may be a key that somebody put in the wrong place.
-                    let is_flag = word.key.chars().all(|c| c.is_ascii_lowercase() || c == '-');
-                    let flag = if is_flag { &word.key } else { "…" };
-                    wanted.take(&format!("TS_EXTRA_ARGS --{flag}"), word);
+                    let from = match word.key.contains(' ') {
+                        // It has no name.
+                        true => format!("TS_EXTRA_ARGS, {}", word.key),
+                        false => format!("TS_EXTRA_ARGS --{}", word.key),
+                    };
+                    wanted.take(&from, word);
                 }
             }
             "TS_TAILSCALED_EXTRA_ARGS" => {
@@ -183,7 +185,7 @@ impl Wanted {
     fn take(&mut self, from: &str, Word { key, value }: Word) {
         let entry = TABLE.iter().find(|entry| entry.key == key);
         match (key.as_str(), entry) {
-            ("auth-key" | "client-secret", _) => self.auth_key(from, &value),
+            ("auth-key", _) => self.auth_key(from, &value),
             // The emptiest value is their way to say no.
             (_, Some(entry)) if value.is_empty() || value == entry.default => {}
             ("hostname", _) => self.hostname = Some(value),
