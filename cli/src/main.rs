@@ -1,16 +1,18 @@
 //! `tailnode`: what the nodes of this host's containers are doing, and why.
 
+mod migrate;
 mod state;
 mod status;
 
 use std::{
+    fs,
     io::{self, Write},
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::ExitCode,
     time::Duration,
 };
 
-use anyhow::bail;
+use anyhow::{Context, bail};
 use clap::{Parser, Subcommand};
 use tailnode_plugin::{
     api::{self, Request, Response, is_called},
@@ -96,6 +98,21 @@ enum Command {
         /// Its name, or the beginning of its id.
         container: String,
     },
+    /// Move over from what people use instead.
+    #[command(subcommand)]
+    Migrate(Migrate),
+}
+
+#[derive(Subcommand)]
+enum Migrate {
+    /// Print a compose file with Tailscale sidecars as one without.
+    ///
+    /// What has no equivalent is said on standard error. The file itself stays as it is, and no
+    /// auth key is printed or taken over.
+    Compose {
+        /// The compose file; - is standard input.
+        file: PathBuf,
+    },
 }
 
 #[derive(Subcommand)]
@@ -138,6 +155,7 @@ fn main() -> ExitCode {
         }) => state::export(node, network, &file),
         Command::State(State::Import { file, network }) => state::import(file, network),
         Command::Logout { container } => logout(container),
+        Command::Migrate(Migrate::Compose { file }) => migrate_compose(&file),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
@@ -185,6 +203,20 @@ fn status(container: Option<&str>, json: bool) -> anyhow::Result<()> {
         true => serde_json::to_string_pretty(&list)? + "\n",
         false => status::render(&list),
     })
+}
+
+fn migrate_compose(file: &Path) -> anyhow::Result<()> {
+    let text = match file == Path::new("-") {
+        true => io::read_to_string(io::stdin()),
+        false => fs::read_to_string(file),
+    };
+    let text = text.with_context(|| format!("{} cannot be read", file.display()))?;
+    let migration = migrate::compose(&text).with_context(|| file.display().to_string())?;
+    print(&migration.text)?;
+    for remark in &migration.remarks {
+        eprintln!("tailnode: {remark}");
+    }
+    Ok(())
 }
 
 fn print(text: &str) -> anyhow::Result<()> {

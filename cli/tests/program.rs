@@ -69,3 +69,29 @@ fn version_and_help_need_no_daemon_and_wrong_usage_is_2() {
         assert_eq!(status, Some(2), "{arguments:?}: {error}");
     }
 }
+
+#[test]
+fn migrate_prints_the_new_file_alone_and_the_rest_as_errors() {
+    let file = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/compose/web.yaml");
+    let (status, output, error) = tailnode(&["migrate", "compose", file]);
+    assert_eq!(status, Some(0), "{error}");
+    assert_eq!(output, include_str!("compose/web.new.yaml"));
+    assert_eq!(
+        error.lines().count(),
+        include_str!("compose/web.remarks").lines().count()
+    );
+    assert!(
+        error.lines().all(|line| line.starts_with("tailnode: ")),
+        "{error}"
+    );
+
+    let migrated = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/compose/web.new.yaml");
+    for (file, says) in [
+        (migrated, "is a Tailscale sidecar"),
+        ("/nowhere.yaml", "cannot be read"),
+    ] {
+        let (status, output, error) = tailnode(&["migrate", "compose", file]);
+        assert_eq!((status, &*output), (Some(1), ""), "{file}");
+        assert!(error.contains(says) && error.contains(file), "{error}");
+    }
+}
