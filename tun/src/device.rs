@@ -86,8 +86,21 @@ pub fn is_up(netns: &Netns, name: &str) -> Result<bool, Error> {
 pub fn move_into(name: &str, netns: &Netns, prefix: &str) -> Result<String, Error> {
     // The kernel replaces %d by the first free number while it holds the lock on names, so two
     // devices that arrive at once get two names.
-    let pattern = format!("{prefix}%d");
-    device_cstring(&pattern)?;
+    rename_into(name, netns, &format!("{prefix}%d"))
+}
+
+/// The same, where the device is to have this very name: an error if it is taken there.
+pub fn move_as(name: &str, netns: &Netns, wanted: &str) -> Result<(), Error> {
+    if wanted.contains('%') {
+        return Err(Error::Name {
+            name: wanted.to_owned(),
+        });
+    }
+    rename_into(name, netns, wanted).map(drop)
+}
+
+fn rename_into(name: &str, netns: &Netns, pattern: &str) -> Result<String, Error> {
+    device_cstring(pattern)?;
     let refused = |change: &str, cause: io::Error| Error::Refused {
         change: change.to_owned(),
         device: name.to_owned(),
@@ -100,11 +113,14 @@ pub fn move_into(name: &str, netns: &Netns, prefix: &str) -> Result<String, Erro
     netns
         .run(|| {
             // A device that goes by its number keeps the number through the renaming.
-            let index = set_link(name, LinkAttribute::IfName(pattern.clone()))?;
+            let index = set_link(name, LinkAttribute::IfName(pattern.to_owned()))?;
             let renamed = if_indextoname(index)?;
             renamed.into_string().map_err(io::Error::other)
         })?
-        .map_err(|cause| refused(&format!("rename to {prefix}N"), cause))
+        .map_err(|cause| {
+            let wanted = pattern.replace("%d", "N");
+            refused(&format!("rename to {wanted}"), cause)
+        })
 }
 
 /// Removes the device `name` from `netns`, whoever has a descriptor of it. Its descriptors then

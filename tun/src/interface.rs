@@ -62,6 +62,19 @@ pub fn configure(netns: &Netns, name: &str, interface: &Interface) -> Result<(),
     netns.run(|| Device::open(name)?.configure(interface))?
 }
 
+/// What the device `name` in `netns` lacks of `interface`, in words: that it is up, an address, a
+/// route. `None` when it has all of them. An error too says that something is missing.
+pub fn missing(
+    netns: &Netns,
+    name: &str,
+    interface: &Interface,
+) -> Result<Option<String>, Error> {
+    if !crate::is_up(netns, name)? {
+        return Ok(Some("the device is down".into()));
+    }
+    netns.run(|| Device::open(name)?.missing(interface))?
+}
+
 /// Takes back what the device `name`, the container's tailnet device of number `index`, would leave
 /// behind when it is gone while the container lives on: rules, forwarding, and the refusal to let
 /// anything out by another way than its exit. Idempotent; the device may be gone.
@@ -144,14 +157,13 @@ impl Device<'_> {
     }
 
     fn configure(&mut self, interface: &Interface) -> Result<(), Error> {
-        let mut addresses = interface.addresses.clone();
-        let has_ipv6 = Path::new("/proc/sys/net/ipv6").exists();
-        if addresses.iter().any(is_ipv6) && !has_ipv6 {
+        let addresses = possible(&interface.addresses);
+        let has_ipv6 = has_ipv6();
+        if addresses.len() < interface.addresses.len() {
             tracing::warn!(
                 device = self.name,
                 "this kernel has no IPv6: set up with IPv4 only"
             );
-            addresses.retain(|address| !is_ipv6(address));
         }
         if addresses.iter().any(is_ipv6) {
             // Docker turns IPv6 off on a device to which it gives no IPv6 address itself.
@@ -190,6 +202,18 @@ impl Device<'_> {
         Ok(())
     }
 
+    fn missing(&mut self, interface: &Interface) -> Result<Option<String>, Error> {
+        let addresses = possible(&interface.addresses);
+        let present: Vec<IpNet> = self.addresses()?.into_iter().map(|(it, _)| it).collect();
+        if let Some(address) = addresses.iter().find(|it| !present.contains(it)) {
+            return Ok(Some(format!("the device has not the address {address}")));
+        }
+        let present = self.routes()?;
+        let wanted = routes(interface, &addresses);
+        let route = wanted.iter().find(|route| !present.contains(route));
+        Ok(route.map(|route| format!("the route to {} is not there", route.destination)))
+    }
+
     fn set_up(&mut self, mtu: u32) -> Result<(), Error> {
         let mut message = LinkMessage::default();
         message.header.index = self.index;
@@ -216,21 +240,7 @@ impl Device<'_> {
     }
 
     fn remove_other_addresses(&mut self, wanted: &[IpNet]) -> Result<(), Error> {
-        let present = self
-            .netlink
-            .list(RouteNetlinkMessage::GetAddress(AddressMessage::default()))
-            .map_err(|cause| self.refused("list the addresses".into(), cause))?;
-        for message in present {
-            let RouteNetlinkMessage::NewAddress(message) = message else {
-                continue;
-            };
-            let header = &message.header;
-            if header.index != self.index || header.scope != AddressScope::Universe {
-                continue;
-            }
-            let Some(address) = address_of(&message) else {
-                continue;
-            };
+        for (address, message) in self.addresses()? {
             if !wanted.contains(&address) {
                 self.netlink
                     .change(RouteNetlinkMessage::DelAddress(message), 0)
@@ -242,17 +252,39 @@ impl Device<'_> {
         Ok(())
     }
 
-    fn set_routes(&mut self, wanted: &[Route]) -> Result<(), Error> {
-        let mut present = HashSet::new();
-        for message in self
+    /// The device's addresses of global scope, as they are and as the kernel tells them.
+    fn addresses(&mut self) -> Result<Vec<(IpNet, AddressMessage)>, Error> {
+        let present = self
+            .netlink
+            .list(RouteNetlinkMessage::GetAddress(AddressMessage::default()))
+            .map_err(|cause| self.refused("list the addresses".into(), cause))?;
+        let own = |message| match message {
+            RouteNetlinkMessage::NewAddress(message)
+                if message.header.index == self.index
+                    && message.header.scope == AddressScope::Universe =>
+            {
+                Some((address_of(&message)?, message))
+            }
+            _ => None,
+        };
+        Ok(present.into_iter().filter_map(own).collect())
+    }
+
+    /// The device's routes that are ours.
+    fn routes(&mut self) -> Result<HashSet<Route>, Error> {
+        let present = self
             .netlink
             .list(RouteNetlinkMessage::GetRoute(RouteMessage::default()))
-            .map_err(|cause| self.refused("list the routes".into(), cause))?
-        {
-            if let RouteNetlinkMessage::NewRoute(message) = message {
-                present.extend(Route::of_device(&message, self.index));
-            }
-        }
+            .map_err(|cause| self.refused("list the routes".into(), cause))?;
+        let own = |message| match message {
+            RouteNetlinkMessage::NewRoute(message) => Route::of_device(&message, self.index),
+            _ => None,
+        };
+        Ok(present.into_iter().filter_map(own).collect())
+    }
+
+    fn set_routes(&mut self, wanted: &[Route]) -> Result<(), Error> {
+        let present = self.routes()?;
         let wanted: HashSet<_> = wanted.iter().cloned().collect();
         for route in present.difference(&wanted) {
             let message = RouteNetlinkMessage::DelRoute(route.message(self.index));
@@ -397,6 +429,17 @@ fn done(result: io::Result<()>, wanted: bool) -> io::Result<()> {
         }
         result => result,
     }
+}
+
+fn has_ipv6() -> bool {
+    Path::new("/proc/sys/net/ipv6").exists()
+}
+
+/// Those of the addresses that this kernel knows the family of.
+fn possible(addresses: &[IpNet]) -> Vec<IpNet> {
+    let ipv6 = has_ipv6();
+    let possible = addresses.iter().filter(|it| ipv6 || !is_ipv6(it));
+    possible.copied().collect()
 }
 
 /// All the routes that a device needs.

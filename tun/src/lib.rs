@@ -16,7 +16,7 @@ mod masquerade;
 mod netlink;
 mod netns;
 
-pub use device::{create, device_name, is_up, move_into, remove};
+pub use device::{create, device_name, is_up, move_as, move_into, remove};
 pub use error::Error;
-pub use interface::{Exit, Interface, configure, release};
+pub use interface::{Exit, Interface, configure, missing, release};
 pub use netns::Netns;
