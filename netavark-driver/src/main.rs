@@ -1,48 +1,46 @@
-//! `tailscale`, the netavark plugin through which a Podman container gets its node.
+//! `tailscale`, the network plugin through which a container gets its node: netavark's, for Podman,
+//! and by the environment that it is run in also one of the Container Network Interface.
 //!
 //! Podman and netavark run it for every container that starts or stops, and hold a lock over all
 //! containers meanwhile. So it does the little that must happen on the caller's side of the daemon
 //! (making the device, where the container's namespace can be reached) and leaves at once. It
 //! starts no process: one that inherited standard output would keep netavark waiting.
 
+mod cni;
 mod contract;
+mod device;
 
 use std::{
+    collections::BTreeMap,
     env,
     ffi::OsStr,
     io::{self, Read, Write},
-    os::fd::{AsFd, BorrowedFd},
     path::Path,
-    process::{self, ExitCode},
+    process::ExitCode,
     time::Duration,
 };
 
 use contract::{API_VERSION, Attachment, NewNetwork, StatusBlock};
+use device::{Name, Place};
 use serde::{Serialize, de::DeserializeOwned};
 use serde_json::json;
 use tailnode_plugin::{
     Error,
-    api::{self, Request, Response},
+    api::{Engine, Request},
     options::Layer,
 };
 use tailnode_tun::Netns;
 
-/// The container's devices are tailscale0, tailscale1 and so on, one a tailnet.
-const DEVICE_PREFIX: &str = "tailscale";
-
-/// the daemon answers an attach within 8 s, with an error if it must. The engine's other starts
-/// wait for this one, so 10 s is all that a start may take.
-const ATTACH_TIMEOUT: Duration = Duration::from_millis(8_600);
 const CREATE_TIMEOUT: Duration = Duration::from_secs(2);
-const DETACH_TIMEOUT: Duration = Duration::from_secs(6);
-const CLEAN_UP_TIMEOUT: Duration = Duration::from_millis(500);
-
-const OTHER_VERSION: &str = "tailnoded answered another question: it and this plugin are of \
-                             different versions; restart it with `systemctl restart tailnoded`";
 
 fn main() -> ExitCode {
     let arguments: Vec<_> = env::args_os().skip(1).collect();
     let arguments: Vec<&OsStr> = arguments.iter().map(AsRef::as_ref).collect();
+    if arguments.is_empty()
+        && let Some(command) = env::var_os("CNI_COMMAND")
+    {
+        return cni::run(&command.to_string_lossy());
+    }
     let result = match arguments.as_slice() {
         [command] if *command == "create" => input().and_then(create).and_then(print),
         [command, netns] if *command == "setup" => input()
@@ -84,9 +82,7 @@ fn create(network: NewNetwork) -> Result<NewNetwork, String> {
         network_name: network.name().to_owned(),
         network_options: options,
     };
-    if let Err(Error::Daemon { message }) =
-        api::call(&api::socket_path(), &request, None, CREATE_TIMEOUT)
-    {
+    if let Err(Error::Daemon { message }) = device::call(&request, None, CREATE_TIMEOUT) {
         return Err(in_network(message));
     }
     Ok(network.without_addresses())
@@ -100,81 +96,40 @@ fn setup(netns: &Path, attachment: &Attachment) -> Result<StatusBlock, String> {
 
 fn attach(netns: &Path, attachment: &Attachment) -> Result<StatusBlock, String> {
     let netns = Netns::open(netns).map_err(|error| error.to_string())?;
-    // Made here and moved, never made inside: a device made inside would keep the namespace alive
-    // after the container.
-    let name = format!("tn{}", process::id());
-    let tun = tailnode_tun::create(&name).map_err(|error| error.to_string())?;
-    let name =
-        tailnode_tun::move_into(&name, &netns, DEVICE_PREFIX).map_err(|error| error.to_string())?;
-    serve(tun.as_fd(), &netns, &name, attachment).inspect_err(|_| {
-        // An answer that came too late, or was of no use, may have left a node behind; and a daemon
-        // that hangs keeps the device, so to close our descriptor may not be enough.
-        let cleaning_up = |error: String| {
-            eprintln!("tailscale: {}: cleaning up: {error}", subject(attachment));
-        };
-        tailnode_tun::remove(&netns, &name).unwrap_or_else(|error| cleaning_up(error.to_string()));
-        detach(attachment, CLEAN_UP_TIMEOUT).unwrap_or_else(cleaning_up);
-    })
-}
-
-fn serve(
-    tun: BorrowedFd,
-    netns: &Netns,
-    device: &str,
-    attachment: &Attachment,
-) -> Result<StatusBlock, String> {
     let request = Request::Attach {
+        engine: Engine::Podman,
         container_id: attachment.container_id.clone(),
         container_name: attachment.container_name.clone(),
         network_id: attachment.network.id.clone(),
         network_name: attachment.network.name.clone(),
         network_options: attachment.network.options.clone(),
         endpoint_options: attachment.network_options.options.clone(),
+        annotations: BTreeMap::new(),
     };
-    let response = call(&request, Some(tun), ATTACH_TIMEOUT)?;
-    let Response::Attached {
-        interface,
-        dns_servers,
-        search_domains,
-    } = response
-    else {
-        return Err(OTHER_VERSION.into());
-    };
-    if let Err(error) = tailnode_tun::configure(netns, device, &interface) {
-        return match tailnode_tun::release(netns, device, interface.index) {
-            Ok(()) => Err(error.to_string()),
-            Err(also) => Err(format!("{error}; and cleaning up: {also}")),
-        };
-    }
+    let attached = device::attach(&netns, &Name::Numbered, &place(attachment), &request)
+        .map_err(|error| error.to_string())?;
     Ok(StatusBlock::new(
-        device.to_owned(),
-        interface.addresses,
-        dns_servers,
-        search_domains,
+        attached.device,
+        attached.interface.addresses,
+        attached.dns_servers,
+        attached.search_domains,
     ))
 }
 
 /// A container stops. The engine asks for this more than once, and after the container's namespace
 /// or the daemon has gone: there is nothing to fail for.
 fn teardown(attachment: &Attachment) {
-    if let Err(error) = detach(attachment, DETACH_TIMEOUT) {
+    if let Err(error) = device::detach(&place(attachment)) {
         eprintln!("tailscale: {}: {error}", subject(attachment));
     }
 }
 
-fn detach(attachment: &Attachment, timeout: Duration) -> Result<(), String> {
-    let request = Request::Detach {
+fn place(attachment: &Attachment) -> Place {
+    Place {
+        engine: Engine::Podman,
         container_id: attachment.container_id.clone(),
         network_id: attachment.network.id.clone(),
-    };
-    match call(&request, None, timeout)? {
-        Response::Ok => Ok(()),
-        _ => Err(OTHER_VERSION.into()),
     }
-}
-
-fn call(request: &Request, fd: Option<BorrowedFd>, timeout: Duration) -> Result<Response, String> {
-    api::call(&api::socket_path(), request, fd, timeout).map_err(|error| error.to_string())
 }
 
 fn subject(attachment: &Attachment) -> String {

@@ -46,11 +46,13 @@ pub fn socket_path() -> PathBuf {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "op", rename_all = "kebab-case")]
 pub enum Request {
-    /// Give the device of Podman's container, which comes along, a node. Answered with
+    /// Give the device of a container, which comes along, a node. Answered with
     /// [`Response::Attached`] when the node has its addresses. To ask again for the same device
     /// is harmless; for another device, the earlier node is stopped first. A client that is gone
     /// when the answer comes did not set the device up: its node is stopped.
     Attach {
+        /// Who asks.
+        engine: Engine,
         /// The engine's id of the container.
         container_id: String,
         /// Its name.
@@ -63,6 +65,8 @@ pub enum Request {
         network_options: BTreeMap<String, String>,
         /// Those of this container on it.
         endpoint_options: BTreeMap<String, String>,
+        /// The container's annotations, where the engine tells them.
+        annotations: BTreeMap<String, String>,
     },
     /// Whether a network may have these options under the host's configuration: `Ok`, or why not.
     Allows {
@@ -74,9 +78,27 @@ pub enum Request {
     /// Stop the container's node on this network; harmless if it has none.
     Detach {
         /// As it was attached.
+        engine: Engine,
+        /// As it was attached.
         container_id: String,
         /// As it was attached.
         network_id: String,
+    },
+    /// Whether the container has a node on this network. Answered with [`Response::Served`].
+    Serves {
+        /// As it was attached.
+        engine: Engine,
+        /// As it was attached.
+        container_id: String,
+        /// As it was attached.
+        network_id: String,
+    },
+    /// Stop the nodes that CNI has attached to a network and that nobody owns any more.
+    Collect {
+        /// The network's name.
+        network_name: String,
+        /// The attachments that are owned: container ids, with their network ids.
+        owned: Vec<(String, String)>,
     },
     /// All containers with a node.
     Status,
@@ -132,6 +154,8 @@ pub enum Response {
         /// Domains to complete short names with.
         search_domains: Vec<String>,
     },
+    /// The container's device and how it should be set up now; nothing where it has no node.
+    Served(Option<Served>),
     /// Done.
     Ok,
     /// Done to this node.
@@ -152,6 +176,15 @@ pub enum Response {
     },
 }
 
+/// A container's device that a node serves.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Served {
+    /// Its name in the container.
+    pub device: String,
+    /// How it should be set up.
+    pub interface: Interface,
+}
+
 /// A container engine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -160,6 +193,19 @@ pub enum Engine {
     Podman,
     /// Docker, through its plugin socket.
     Docker,
+    /// Whatever runs plugins of the Container Network Interface: Kubernetes, containerd, CRI-O.
+    Cni,
+}
+
+impl Engine {
+    /// The command by which a person stops a container, behind a blank and in brackets; nothing
+    /// where that depends on what runs CNI.
+    pub(crate) fn stop(self, container: &str) -> String {
+        match self {
+            Engine::Podman | Engine::Docker => format!(" (`{self} stop {container}`)"),
+            Engine::Cni => String::new(),
+        }
+    }
 }
 
 impl std::fmt::Display for Engine {
@@ -167,6 +213,7 @@ impl std::fmt::Display for Engine {
         f.write_str(match self {
             Engine::Podman => "podman",
             Engine::Docker => "docker",
+            Engine::Cni => "cni",
         })
     }
 }
@@ -362,12 +409,14 @@ mod tests {
 
     fn attach() -> Request {
         Request::Attach {
+            engine: Engine::Podman,
             container_id: "ae48c7267541".into(),
             container_name: "c1".into(),
             network_id: "7d2f".into(),
             network_name: "tn1".into(),
             network_options: [("tags".to_owned(), "tag:foo".to_owned())].into(),
             endpoint_options: [("hostname".to_owned(), "zz".to_owned())].into(),
+            annotations: BTreeMap::new(),
         }
     }
 
@@ -376,7 +425,8 @@ mod tests {
         assert_eq!(
             serde_json::to_value(attach()).unwrap(),
             serde_json::json!({
-                "op": "attach", "container_id": "ae48c7267541", "container_name": "c1",
+                "op": "attach", "engine": "podman", "container_id": "ae48c7267541",
+                "container_name": "c1", "annotations": {},
                 "network_id": "7d2f", "network_name": "tn1",
                 "network_options": {"tags": "tag:foo"}, "endpoint_options": {"hostname": "zz"},
             })
@@ -463,6 +513,7 @@ mod tests {
     #[test]
     fn a_long_request_arrives_and_a_longer_one_does_not() {
         let with = |length| Request::Detach {
+            engine: Engine::Podman,
             container_id: "a".repeat(length),
             network_id: String::new(),
         };
@@ -535,9 +586,11 @@ mod tests {
         ) {
             let [container_id, container_name, network_id, network_name] = ids;
             let request = Request::Attach {
+                engine: Engine::Cni,
                 container_id, container_name, network_id, network_name,
                 network_options: options.clone(),
-                endpoint_options: options,
+                endpoint_options: options.clone(),
+                annotations: options,
             };
             let (ours, theirs) = UnixStream::pair().unwrap();
             send(&ours, &request, None, soon()).unwrap();

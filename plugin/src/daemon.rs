@@ -28,7 +28,7 @@ use crate::{
     endpoints::{Endpoints, Guest, Key, Ready, Tun},
     identities::Kept,
     interface::blocking,
-    options::Layer,
+    options::{Layer, Marks},
     podman,
 };
 
@@ -217,12 +217,14 @@ impl Shims {
     ) -> Result<Response, Error> {
         match request {
             Request::Attach {
+                engine,
                 container_id,
                 container_name,
                 network_id,
                 network_name,
                 network_options,
                 endpoint_options,
+                annotations,
             } => {
                 let deadline = tokio::time::Instant::now() + ATTACH;
                 let subject = format!("container {container_name} on network {network_name}");
@@ -230,12 +232,19 @@ impl Shims {
                     let device = device.ok_or(Error::NoDevice)?;
                     let of_endpoint = Layer::of_endpoint(&endpoint_options)?;
                     let of_network = Layer::of_network(&network_name, &network_options)?;
-                    let (database, id) = (self.podman_db.clone(), container_id.clone());
-                    let look = move || (podman::marks(&database, &id), podman::names(&database));
-                    let (marks, exist) = blocking(look).await;
+                    let (mut marks, exist) = match engine {
+                        Engine::Podman => {
+                            let (database, id) = (self.podman_db.clone(), container_id.clone());
+                            let look =
+                                move || (podman::marks(&database, &id), podman::names(&database));
+                            blocking(look).await
+                        }
+                        Engine::Docker | Engine::Cni => (Marks::default(), None),
+                    };
+                    marks.annotations.extend(annotations);
                     let of_marks = Layer::of_marks(&marks)?;
                     let guest = Guest {
-                        key: podman_key(container_id.clone(), network_id),
+                        key: key(engine, container_id.clone(), network_id),
                         container_id,
                         container_name,
                         network_name,
@@ -263,11 +272,27 @@ impl Shims {
                 Ok(Response::Ok)
             }
             Request::Detach {
+                engine,
                 container_id,
                 network_id,
             } => {
-                let key = podman_key(container_id, network_id);
+                let key = key(engine, container_id, network_id);
                 self.endpoints.detach(&key).await;
+                Ok(Response::Ok)
+            }
+            Request::Serves {
+                engine,
+                container_id,
+                network_id,
+            } => {
+                let key = key(engine, container_id, network_id);
+                Ok(Response::Served(self.endpoints.served(&key)))
+            }
+            Request::Collect {
+                network_name,
+                owned,
+            } => {
+                self.endpoints.collect(&network_name, &owned).await;
                 Ok(Response::Ok)
             }
             Request::Explain { container } => {
@@ -301,9 +326,9 @@ impl Shims {
     }
 }
 
-fn podman_key(container_id: String, network_id: String) -> Key {
+fn key(engine: Engine, container_id: String, network_id: String) -> Key {
     Key {
-        engine: Engine::Podman,
+        engine,
         id: container_id,
         network_id,
     }
@@ -464,12 +489,14 @@ mod tests {
 
     fn attach(network_options: BTreeMap<String, String>) -> Request {
         Request::Attach {
+            engine: Engine::Podman,
             container_id: "ae48c7267541".into(),
             container_name: "web".into(),
             network_id: "7d2f".into(),
             network_name: "tailnet".into(),
             network_options,
             endpoint_options: BTreeMap::new(),
+            annotations: BTreeMap::new(),
         }
     }
 
@@ -477,6 +504,7 @@ mod tests {
     async fn strangers_are_detached() {
         with_daemon(|call| {
             let detach = Request::Detach {
+                engine: Engine::Podman,
                 container_id: "x".into(),
                 network_id: "y".into(),
             };

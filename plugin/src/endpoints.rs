@@ -21,7 +21,7 @@ use url::Url;
 
 use crate::{
     Error,
-    api::{ContainerStatus, Engine, Explained, is_called},
+    api::{ContainerStatus, Engine, Explained, Served, is_called},
     identities::{Identities, Identity, Kept, User},
     interface::{self, Device, Wanted, blocking},
     options::{self, Layer, Told, settle},
@@ -47,7 +47,7 @@ const PODMAN_NAMES: &str = "dns.podman";
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct Key {
     pub(crate) engine: Engine,
-    /// The container's id with Podman, the endpoint's with Docker.
+    /// The container's id with Podman and CNI, the endpoint's with Docker.
     pub(crate) id: String,
     pub(crate) network_id: String,
 }
@@ -171,6 +171,8 @@ impl State {
 
 struct Endpoint {
     guest: Guest,
+    /// The device's number in its container, where its name does not tell it.
+    number: Option<u32>,
     node: Node,
     login_server: Url,
     ephemeral: bool,
@@ -350,7 +352,7 @@ impl Endpoints {
         // its bridges know the containers there.
         let names_elsewhere = match guest.key.engine {
             Engine::Podman => vec![PODMAN_NAMES.to_owned()],
-            Engine::Docker => Vec::new(),
+            Engine::Docker | Engine::Cni => Vec::new(),
         };
         let started = Node::start(tailnode_node::Config {
             state_dir: identity.directory.clone(),
@@ -377,8 +379,11 @@ impl Endpoints {
             }
         };
         identity.note_user().await;
+        // CNI names the device as it likes, and attaches a container to one network after the other.
+        let number = (guest.key.engine == Engine::Cni).then(|| self.free_number(&guest));
         let endpoint = Arc::new(Endpoint {
             guest,
+            number,
             node,
             login_server,
             ephemeral,
@@ -411,6 +416,13 @@ impl Endpoints {
             all.end(watched, false).await;
         });
         Ok(endpoint)
+    }
+
+    /// The lowest number that none of the container's devices has.
+    fn free_number(&self, guest: &Guest) -> u32 {
+        let others = self.of_container(guest.key.engine, &guest.container_id);
+        let taken: HashSet<u32> = others.iter().filter_map(|other| other.index()).collect();
+        (0..).find(|number| !taken.contains(number)).unwrap_or(0)
     }
 
     /// Ends what is left of the container's earlier place on the network: Docker gives it another
@@ -527,6 +539,7 @@ impl Endpoints {
         Device {
             tun,
             engine: endpoint.guest.key.engine,
+            number: endpoint.number,
             accepts_routes: endpoint.routes.accept,
             host: self.host,
         }
@@ -579,6 +592,44 @@ impl Endpoints {
             self.end_within(endpoint, false, Instant::now() + DETACH)
                 .await;
         }
+    }
+
+    /// The device of an endpoint, and how it should be set up now, if its node serves one.
+    pub(crate) fn served(&self, key: &Key) -> Option<Served> {
+        let endpoint = self.state().endpoints.get(key).cloned()?;
+        let device = endpoint.device_name()?;
+        let interface = self.wanted(&endpoint, endpoint.index().unwrap_or(0));
+        Some(Served { device, interface })
+    }
+
+    /// Stops the nodes that CNI has attached to a network, but for those that are owned: container
+    /// ids, with their network ids.
+    pub(crate) async fn collect(self: &Arc<Self>, network: &str, owned: &[(String, String)]) {
+        let is_orphan = |endpoint: &&Arc<Endpoint>| {
+            let Guest {
+                key, network_name, ..
+            } = &endpoint.guest;
+            let is_owned = |(id, network_id): &(String, String)| {
+                *id == key.id && *network_id == key.network_id
+            };
+            key.engine == Engine::Cni && network_name == network && !owned.iter().any(is_owned)
+        };
+        let orphans: Vec<Key> = {
+            let state = self.state();
+            let orphans = state.endpoints.values().filter(is_orphan);
+            orphans.map(|orphan| orphan.guest.key.clone()).collect()
+        };
+        let mut ends = JoinSet::new();
+        for key in orphans {
+            tracing::info!(
+                container = key.id,
+                network,
+                "nobody owns this container's node"
+            );
+            let all = self.clone();
+            ends.spawn(async move { all.detach(&key).await });
+        }
+        ends.join_all().await;
     }
 
     /// Stops a node whose container never learned of it.
@@ -816,7 +867,8 @@ impl Endpoint {
     }
 
     fn index(&self) -> Option<u32> {
-        interface::index_of(&self.device_name()?)
+        self.number
+            .or_else(|| interface::index_of(&self.device_name()?))
     }
 
     /// Stops the node, and forgets it where nobody will want it again.

@@ -178,7 +178,7 @@ pub enum Error {
     /// A node that is not to be touched while it runs.
     #[error(
         "the node {hostname} on network {network} belongs to container {container}, which is running: \
-         stop that first (`{engine} stop {container}`)"
+         stop that first{}", engine.stop(container)
     )]
     NodeRuns {
         /// The node's hostname.

@@ -112,6 +112,8 @@ pub(crate) async fn blocking<T: Send + 'static>(f: impl FnOnce() -> T + Send + '
 pub(crate) struct Device {
     pub(crate) tun: Arc<OwnedFd>,
     pub(crate) engine: Engine,
+    /// Its number in its container, where its name does not tell it.
+    pub(crate) number: Option<u32>,
     pub(crate) accepts_routes: bool,
     /// The namespace that it must never be set up in.
     pub(crate) host: (u64, u64),
@@ -127,11 +129,11 @@ impl Device {
     ) -> Result<(), Error> {
         // When to set the device up, in milliseconds from now.
         let (index, times): (u32, &[u64]) = match self.engine {
-            // Podman's shim sets the device up itself, right after our answer and without us in its
+            // The shim sets the device up itself, right after our answer and without us in its
             // way; what it sets may be older than what we know by then.
-            Engine::Podman => {
+            Engine::Podman | Engine::Cni => {
                 let name = tailnode_tun::device_name(self.tun.as_fd())?;
-                match index_of(&name) {
+                match self.index(&name) {
                     // The first has routes of its own only to subnets.
                     Some(index) if index > 0 || self.accepts_routes => (index, &[100, 2000]),
                     Some(index) => (index, &[]),
@@ -173,10 +175,14 @@ impl Device {
         }
     }
 
+    fn index(&self, name: &str) -> Option<u32> {
+        self.number.or_else(|| index_of(name))
+    }
+
     /// Takes back what the device would leave behind in its container, which it is to leave.
     pub(crate) async fn release(&self) -> Result<(), Error> {
         if let Some((netns, name)) = self.place().await?
-            && let Some(index) = index_of(&name)
+            && let Some(index) = self.index(&name)
         {
             blocking(move || tailnode_tun::release(&netns, &name, index)).await?;
         }

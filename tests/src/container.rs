@@ -12,7 +12,8 @@ pub struct Container {
     pub namespace: Namespace,
     /// Its name, and so its node's.
     pub name: String,
-    pub(crate) id: String,
+    /// The engine's id of it.
+    pub id: String,
 }
 
 impl Container {

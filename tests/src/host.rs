@@ -150,11 +150,31 @@ impl Host {
     }
 
     fn run_plugin(&self, arguments: &[&str], request: &Value) -> Result<Value, String> {
+        let answer = self.run_shim(arguments, &[], &request.to_string());
+        answer.map_err(|answer| {
+            let error = answer["error"].as_str();
+            error.expect("an error on standard output").to_owned()
+        })
+    }
+
+    /// What a runtime of CNI does: runs the plugin in this environment, with this configuration.
+    /// Returns what it said, or its error.
+    pub fn cni(&self, variables: &[(&str, &str)], config: &Value) -> Result<Value, Value> {
+        self.run_shim(&[], variables, &config.to_string())
+    }
+
+    fn run_shim(
+        &self,
+        arguments: &[&str],
+        variables: &[(&str, &str)],
+        input: &str,
+    ) -> Result<Value, Value> {
         let mut plugin = self
             .namespace
             .command(program("tailscale"))
             .args(arguments)
             .env("TAILNODE_SOCKET", self.socket())
+            .envs(variables.iter().copied())
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
@@ -162,7 +182,7 @@ impl Host {
             .expect("run the plugin");
         let mut stdin = plugin.stdin.take().expect("the plugin's standard input");
         stdin
-            .write_all(request.to_string().as_bytes())
+            .write_all(input.as_bytes())
             .expect("write the plugin's request");
         drop(stdin);
         let output = plugin.wait_with_output().expect("the plugin's output");
@@ -174,10 +194,7 @@ impl Host {
         if output.status.success() {
             Ok(answer)
         } else {
-            Err(answer["error"]
-                .as_str()
-                .expect("an error on standard output")
-                .to_owned())
+            Err(answer)
         }
     }
 

@@ -64,11 +64,7 @@ pub fn configure(netns: &Netns, name: &str, interface: &Interface) -> Result<(),
 
 /// What the device `name` in `netns` lacks of `interface`, in words: that it is up, an address, a
 /// route. `None` when it has all of them. An error too says that something is missing.
-pub fn missing(
-    netns: &Netns,
-    name: &str,
-    interface: &Interface,
-) -> Result<Option<String>, Error> {
+pub fn missing(netns: &Netns, name: &str, interface: &Interface) -> Result<Option<String>, Error> {
     if !crate::is_up(netns, name)? {
         return Ok(Some("the device is down".into()));
     }
