@@ -293,8 +293,18 @@ fn each_mistake_has_the_specification_s_code() {
         "{secret:?}"
     );
     coded("ADD", json!({ "options": { "tags": 7 } }), 7, "tags");
-    coded("ADD", json!({ "options": { "tags": "web" } }), 7, "tags");
-    coded("STATUS", json!({ "options": { "tags": "web" } }), 7, "tags");
+    coded(
+        "ADD",
+        json!({ "options": { "ephemeral": "maybe" } }),
+        7,
+        "ephemeral",
+    );
+    coded(
+        "STATUS",
+        json!({ "options": { "ephemeral": "maybe" } }),
+        7,
+        "ephemeral",
+    );
     coded("ADD", json!({ "options": "tags" }), 6, "form");
     coded(
         "ADD",
