@@ -10,7 +10,9 @@ use std::{
 };
 
 use ipnet::IpNet;
-use tailnode_node::{Login, Neighbours, Node, Offload, RoutePreferences, Segment, Zone};
+use tailnode_node::{
+    AuthKey, Login, Neighbours, Node, Offload, RoutePreferences, Secret, Segment, Zone,
+};
 use tailnode_tun::{Exit, Interface, Netns};
 use tokio::{
     task::{AbortHandle, JoinSet},
@@ -24,6 +26,7 @@ use crate::{
     identities::{Identities, Identity},
     interface::{self, Device, Wanted, blocking},
     options::{self, Options},
+    secrets::Secrets,
 };
 
 /// How long a detach is waited for. A node that cannot reach its control server to log out goes on
@@ -82,6 +85,7 @@ pub(crate) struct Ready {
 /// The nodes of all the host's containers.
 pub(crate) struct Endpoints {
     defaults: Options,
+    secrets: Arc<Secrets>,
     identities: Identities,
     host: (u64, u64),
     /// All nodes of this daemon.
@@ -170,6 +174,8 @@ struct Endpoint {
     node: Node,
     login_server: Url,
     ephemeral: bool,
+    /// Whether the container does not start before somebody has let its node in.
+    requires_login: bool,
     routes: RoutePreferences,
     exit: Exit,
     held: Mutex<Held>,
@@ -192,10 +198,12 @@ impl Endpoints {
     pub(crate) fn new(
         directory: PathBuf,
         defaults: Options,
+        secrets: Secrets,
         offload: Offload,
     ) -> Result<Self, Error> {
         Ok(Endpoints {
             defaults,
+            secrets: Arc::new(secrets),
             identities: Identities::new(directory),
             host: Netns::current()?.id(),
             neighbours: Neighbours::default(),
@@ -254,11 +262,7 @@ impl Endpoints {
         match ready {
             Ok(ready) => Ok(ready),
             Err(error) => {
-                if let Error::Node(
-                    tailnode_node::Error::NeedsLogin { .. }
-                    | tailnode_node::Error::NeedsApproval { .. },
-                ) = error
-                {
+                if let Error::LoginRequired { .. } = error {
                     let status = endpoint.status().await;
                     self.state().waiting.push((status, Instant::now()));
                 }
@@ -277,10 +281,12 @@ impl Endpoints {
         turn: u32,
         deadline: Instant,
     ) -> Result<Arc<Endpoint>, Error> {
+        let auth_key = self.auth_key(&guest).await?;
         let options = guest.options.clone().over(self.defaults.clone());
         let login_server = options.login_server()?;
-        let auth_key = options.read_auth_key()?;
-        let ephemeral = options.ephemeral.unwrap_or(false);
+        let key_says = auth_key.as_ref().and_then(AuthKey::ephemeral);
+        let ephemeral = options.ephemeral.or(key_says).unwrap_or(false);
+        let requires_login = options.require_login.unwrap_or(false);
         let (routes, exit) = (options.routes()?, options.exit());
         let hostname = options
             .hostname
@@ -345,6 +351,7 @@ impl Endpoints {
             node,
             login_server,
             ephemeral,
+            requires_login,
             routes,
             exit,
             held: Mutex::new(Held {
@@ -374,6 +381,33 @@ impl Endpoints {
         Ok(endpoint)
     }
 
+    /// What a container's node joins with.
+    async fn auth_key(&self, guest: &Guest) -> Result<Option<AuthKey>, Error> {
+        let secrets = self.secrets.clone();
+        let network = guest.network_name.clone();
+        let own = guest.options.auth_key.clone();
+        let host = self.defaults.auth_key.clone();
+        blocking(move || secrets.find(&network, own.as_ref(), host.as_ref())).await
+    }
+
+    /// Keeps an auth key for the nodes that join a network from now on, or forgets it.
+    pub(crate) async fn login(&self, network: String, key: Option<Secret>) -> Result<(), Error> {
+        let secrets = self.secrets.clone();
+        blocking(move || match key {
+            Some(key) => {
+                secrets.keep(&network, &key)?;
+                tracing::info!(network, "keeping an auth key");
+                Ok(())
+            }
+            None if secrets.forget(&network)? => {
+                tracing::info!(network, "forgot the auth key");
+                Ok(())
+            }
+            None => Err(Error::NoLogin { network }),
+        })
+        .await
+    }
+
     async fn make_ready(
         self: &Arc<Self>,
         endpoint: &Arc<Endpoint>,
@@ -393,7 +427,25 @@ impl Endpoints {
             let network_id = guest.key.network_id.clone();
             state.segments.entry(network_id).or_default().clone()
         };
-        let identity = ready?;
+        let identity = match ready {
+            Ok(identity) => identity,
+            Err(
+                cause @ (tailnode_node::Error::NeedsLogin { .. }
+                | tailnode_node::Error::NeedsApproval { .. }),
+            ) => {
+                if endpoint.requires_login {
+                    return Err(Error::LoginRequired { cause });
+                }
+                // A person can let it in while the container runs.
+                tracing::warn!(
+                    container = guest.container_name,
+                    network = guest.network_name,
+                    "the container starts without the tailnet: {cause}"
+                );
+                tailnode_node::Identity::default()
+            }
+            Err(error) => return Err(error.into()),
+        };
         self.introduce(guest.key.engine, &guest.container_id).await;
         if let Some(address) = guest.address
             && !mem::replace(&mut endpoint.held().joined, true)
@@ -781,6 +833,7 @@ mod tests {
         let all = Endpoints::new(
             directory.path().to_owned(),
             Options::default(),
+            Secrets::new("/nonexistent".into(), None, "/nonexistent".into()),
             Offload::All,
         )
         .unwrap();

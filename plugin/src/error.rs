@@ -103,16 +103,29 @@ pub enum Error {
         cause: io::Error,
     },
 
-    /// The file with the auth key cannot be read.
-    #[error(
-        "cannot read the auth key in {}: {cause}; put one there with \
-         `install -m 600 /dev/stdin {}`", path.display(), path.display()
-    )]
+    /// The auth key is not where it should be. Never holds anything of it.
+    #[error("cannot use the auth key {place}: {reason}; {advice}")]
     AuthKey {
-        /// The file.
-        path: PathBuf,
+        /// Where it should be.
+        place: String,
         /// What is wrong with it.
-        cause: io::Error,
+        reason: String,
+        /// What to do.
+        advice: String,
+    },
+
+    /// What `tailnode login` was given is no auth key. Never holds anything of it.
+    #[error("this is no auth key, and none was kept: {reason}")]
+    BadLogin {
+        /// What is wrong with it.
+        reason: String,
+    },
+
+    /// `tailnode login --remove` of what is not there.
+    #[error("no auth key is kept for a network called {network}")]
+    NoLogin {
+        /// What was given.
+        network: String,
     },
 
     /// A second daemon.
@@ -146,6 +159,13 @@ pub enum Error {
     NoContainer {
         /// What was given.
         container: String,
+    },
+
+    /// A person must let the node in, and the container is not to start before that.
+    #[error("{cause}; then start the container again (the option `require-login` is set)")]
+    LoginRequired {
+        /// Who must do what.
+        cause: tailnode_node::Error,
     },
 
     /// The node could not start or did not get ready.

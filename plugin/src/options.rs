@@ -1,35 +1,26 @@
 //! The options of a node: one vocabulary, named after the flags of `tailscale up`, on whatever
 //! surface it is given.
 
-use std::{
-    collections::BTreeMap,
-    fs::{self, File},
-    io::{self, Read},
-    net::IpAddr,
-    os::unix::fs::PermissionsExt,
-    path::{Path, PathBuf},
-};
+use std::{collections::BTreeMap, fs, io, net::IpAddr, path::Path};
 
 use ipnet::IpNet;
-use tailnode_node::{ExitNode, RoutePreferences, Secret};
+use tailnode_node::{ExitNode, RoutePreferences};
 use tailnode_tun::Exit;
 use url::Url;
 
-use crate::Error;
+use crate::{Error, secrets::KeySource};
 
 /// Tailscale's own control server (ipn/prefs.go).
 const DEFAULT_LOGIN_SERVER: &str = "https://controlplane.tailscale.com";
 
-/// The longest file with an auth key, in bytes. A key has about a hundred.
-const MAX_AUTH_KEY_FILE: u64 = 4096;
-
 /// Longest DNS label, RFC 1035 section 2.3.4.
 const MAX_LABEL: usize = 63;
 
-const KEYS: [&str; 10] = [
+const KEYS: [&str; 11] = [
     "hostname",
     "login-server",
     "auth-key",
+    "require-login",
     "ephemeral",
     "tags",
     "accept-routes",
@@ -47,8 +38,10 @@ pub struct Options {
     pub hostname: Option<String>,
     /// The control server.
     pub login_server: Option<Url>,
-    /// The file that holds the key to join with.
-    pub auth_key: Option<PathBuf>,
+    /// Where the key to join with is.
+    pub auth_key: Option<KeySource>,
+    /// Whether a container does not start before its node was let in.
+    pub require_login: Option<bool>,
     /// Whether the tailnet forgets the node when the container stops.
     pub ephemeral: Option<bool>,
     /// Tags to ask for, `tag:` included.
@@ -130,6 +123,7 @@ impl Options {
             hostname: self.hostname.or(lower.hostname),
             login_server: self.login_server.or(lower.login_server),
             auth_key: self.auth_key.or(lower.auth_key),
+            require_login: self.require_login.or(lower.require_login),
             ephemeral: self.ephemeral.or(lower.ephemeral),
             tags: self.tags.or(lower.tags),
             accept_routes: self.accept_routes.or(lower.accept_routes),
@@ -172,51 +166,6 @@ impl Options {
             None => parse_url(DEFAULT_LOGIN_SERVER, Place::File),
         }
     }
-
-    /// Reads the auth key's file, if there is one set.
-    pub fn read_auth_key(&self) -> Result<Option<Secret>, Error> {
-        let Some(path) = &self.auth_key else {
-            return Ok(None);
-        };
-        let failed = |cause| Error::AuthKey {
-            path: path.clone(),
-            cause,
-        };
-        let text = read_secret(path).map_err(failed)?;
-        match text.trim() {
-            "" => Err(failed(io::Error::other("the file is empty"))),
-            key if key.contains(char::is_whitespace) => Err(failed(io::Error::other(
-                "there is more than one word in the file",
-            ))),
-            key => Ok(Some(Secret::new(key))),
-        }
-    }
-}
-
-/// Reads a file that only its owner should be able to read. It need not end for this to end.
-fn read_secret(path: &Path) -> io::Result<String> {
-    let metadata = fs::metadata(path)?;
-    // To open a FIFO would wait for its other end.
-    if !metadata.is_file() {
-        return Err(io::Error::other("it is no regular file"));
-    }
-    let mode = metadata.permissions().mode();
-    if mode & 0o077 != 0 {
-        tracing::warn!(
-            "the auth key in {0} is open to others than its owner (mode {1:03o}): \
-             `chmod 600 {0}`, and revoke the key if somebody may have read it",
-            path.display(),
-            mode & 0o777
-        );
-    }
-    let mut text = String::new();
-    let read = File::open(path)?
-        .take(MAX_AUTH_KEY_FILE + 1)
-        .read_to_string(&mut text)?;
-    if read as u64 > MAX_AUTH_KEY_FILE {
-        return Err(io::Error::other("the file is too long to be a key"));
-    }
-    Ok(text)
 }
 
 /// Makes a DNS label of a container's name, or `None` if nothing of it can be in one.
@@ -305,6 +254,7 @@ fn parse(pairs: &BTreeMap<String, String>, place: Place) -> Result<Options, Erro
             "hostname" => options.hostname = Some(parse_hostname(value, place)?),
             "login-server" => options.login_server = Some(parse_url(value, place)?),
             "auth-key" => options.auth_key = Some(parse_auth_key(value, place)?),
+            "require-login" => options.require_login = Some(parse_bool(known, value, place)?),
             "ephemeral" => options.ephemeral = Some(parse_bool(known, value, place)?),
             "tags" => options.tags = Some(parse_tags(value, place)?),
             "accept-routes" => options.accept_routes = Some(parse_bool(known, value, place)?),
@@ -370,23 +320,9 @@ fn parse_url(value: &str, place: Place) -> Result<Url, Error> {
     Ok(url)
 }
 
-fn parse_auth_key(value: &str, place: Place) -> Result<PathBuf, Error> {
-    match value.strip_prefix("file:") {
-        Some(path) if Path::new(path).is_absolute() => Ok(path.into()),
-        Some(path) => Err(bad(
-            "auth-key",
-            place,
-            format!("{path:?} must be an absolute path: file:/etc/tailnode/auth.key"),
-        )),
-        // The value is not repeated: it is a secret, and this goes to terminals and logs.
-        None => Err(bad(
-            "auth-key",
-            place,
-            "a key given inline can be read by whoever can inspect; put it in a file with \
-             `install -m 600 /dev/stdin /etc/tailnode/auth.key` and set \
-             auth-key=file:/etc/tailnode/auth.key (and revoke the one that was given)",
-        )),
-    }
+fn parse_auth_key(value: &str, place: Place) -> Result<KeySource, Error> {
+    // The value is not repeated: it may be a key, and this goes to terminals and logs.
+    KeySource::parse(value).map_err(|reason| bad("auth-key", place, reason))
 }
 
 fn parse_bool(key: &'static str, value: &str, place: Place) -> Result<bool, Error> {
@@ -508,7 +444,8 @@ mod tests {
             Options {
                 hostname: Some("web-1".into()),
                 login_server: Some("https://headscale.example.com".parse().unwrap()),
-                auth_key: Some("/etc/tailnode/auth.key".into()),
+                auth_key: Some(KeySource::File("/etc/tailnode/auth.key".into())),
+                require_login: None,
                 ephemeral: Some(true),
                 tags: Some(vec!["tag:web".into(), "tag:prod".into()]),
                 accept_routes: Some(true),
@@ -541,7 +478,7 @@ mod tests {
             (network("Tags", "a"), "did you mean `tags`?"),
             (
                 network("colour", "a"),
-                "there are hostname, login-server, auth-key, ephemeral, tags, accept-routes, ",
+                "there are hostname, login-server, auth-key, require-login, ephemeral, tags, ",
             ),
             (network("accept-routes", "yes"), "must be true or false"),
             (
@@ -572,7 +509,7 @@ mod tests {
             (network("tags", "tag:9"), "is no tag"),
             (
                 network("auth-key", "file:auth.key"),
-                "must be an absolute path",
+                "comes an absolute path",
             ),
         ] {
             assert!(error.contains(words), "{error:?} does not say {words:?}");
@@ -694,47 +631,6 @@ mod tests {
         let error = read("# a\n\nauth-key = tskey-auth-abc").unwrap_err();
         assert!(!format!("{error} {error:?}").contains("abc"), "{error:?}");
         assert!(error.to_string().contains("line 3"), "{error}");
-    }
-
-    #[test]
-    fn the_auth_key_is_read_from_its_file() {
-        let directory = tempfile::tempdir().unwrap();
-        let path = directory.path().join("auth.key");
-        let options = Options {
-            auth_key: Some(path.clone()),
-            ..Options::default()
-        };
-        let missing = options.read_auth_key().unwrap_err().to_string();
-        assert!(missing.contains("install -m 600"), "{missing}");
-        fs::write(&path, "\n").unwrap();
-        assert!(
-            options
-                .read_auth_key()
-                .unwrap_err()
-                .to_string()
-                .contains("empty")
-        );
-        fs::write(&path, "tskey-auth-abc\n").unwrap();
-        let key = options.read_auth_key().unwrap();
-        assert!(key.is_some() && !format!("{key:?}").contains("abc"));
-        assert!(Options::default().read_auth_key().unwrap().is_none());
-
-        let refused = |path: &Path| {
-            let options = Options {
-                auth_key: Some(path.to_owned()),
-                ..Options::default()
-            };
-            options.read_auth_key().unwrap_err().to_string()
-        };
-        fs::write(&path, "abc ".repeat(2000)).unwrap();
-        assert!(refused(&path).contains("too long"));
-        fs::write(&path, "tskey-auth-abc tskey-auth-def").unwrap();
-        let two = refused(&path);
-        assert!(
-            two.contains("more than one") && !two.contains("abc"),
-            "{two}"
-        );
-        assert!(refused(Path::new("/dev/zero")).contains("no regular file"));
     }
 
     #[test]

@@ -9,7 +9,7 @@ use tailnode_wire::{
     tailcfg::{Hostinfo, RegisterRequest, RegisterResponse, RegisterResponseAuth},
 };
 
-use super::Secret;
+use crate::auth_key::Secret;
 
 /// What the node is to the control server, as far as it knows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -24,6 +24,17 @@ pub enum Standing {
     Forgotten,
 }
 
+/// Whether there is an auth key.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Key {
+    /// There is none.
+    None,
+    /// It costs nothing to present it.
+    AtHand,
+    /// It must be made first: nobody asks for it who may be a member still.
+    OnDemand,
+}
+
 /// One attempt to join, from the first request to the last answer.
 #[derive(Debug)]
 pub struct Registration {
@@ -34,6 +45,8 @@ pub struct Registration {
     old: Option<NodeKeyPair>,
     /// Whether to present the auth key.
     present_key: bool,
+    /// Whether there is one yet for a member who turns out to be none.
+    spare_key: bool,
     /// Why the auth key was refused.
     key_refused: Option<String>,
     /// The page that was shown.
@@ -65,12 +78,14 @@ pub enum Step {
 impl Registration {
     /// Begins. A key that is known to have expired is replaced at once. A node that was deleted
     /// does not come back by its auth key: whoever deleted it wanted it gone.
-    pub fn new(node: NodeKeyPair, has_auth_key: bool, standing: Standing) -> Self {
+    pub fn new(node: NodeKeyPair, key: Key, standing: Standing) -> Self {
+        let is_spare = key == Key::OnDemand && standing == Standing::Member;
         let mut new = Self {
             standing,
             node,
             old: None,
-            present_key: has_auth_key && standing != Standing::Forgotten,
+            present_key: key != Key::None && !is_spare && standing != Standing::Forgotten,
+            spare_key: is_spare,
             key_refused: None,
             visit: None,
         };
@@ -99,6 +114,17 @@ impl Registration {
     /// The page that a person is to visit; the server answers the next request when they have.
     pub fn visit(&self) -> Option<&str> {
         self.visit.as_deref()
+    }
+
+    /// Whether the next request presents the auth key.
+    pub fn presents_key(&self) -> bool {
+        self.present_key
+    }
+
+    /// There is no key to present after all, for this reason.
+    pub fn key_refused(&mut self, reason: String) {
+        self.present_key = false;
+        self.key_refused = Some(reason);
     }
 
     /// The next request.
@@ -135,8 +161,10 @@ impl Registration {
             if self.present_key {
                 // A one-off key is spent and any key ends, while the node that joined by it may
                 // well be a member still.
-                self.present_key = false;
-                self.key_refused = Some(answer.error);
+                self.key_refused(answer.error);
+                return Step::Again;
+            }
+            if self.take_spare_key() {
                 return Step::Again;
             }
             return Step::Refused(self.key_refused.take().unwrap_or(answer.error));
@@ -150,6 +178,9 @@ impl Registration {
             return Step::Again;
         }
         if !answer.auth_url.is_empty() {
+            if self.take_spare_key() {
+                return Step::Again;
+            }
             // Whoever gave a key expects no page: that the key is wrong is what they must know. But
             // a node that runs already waits for a person rather than give up.
             if self.standing == Standing::Stranger
@@ -166,7 +197,15 @@ impl Registration {
         }
     }
 
+    /// Presents from now on what was spared; false if nothing was.
+    fn take_spare_key(&mut self) -> bool {
+        let taken = std::mem::take(&mut self.spare_key);
+        self.present_key |= taken;
+        taken
+    }
+
     fn rotate(&mut self) {
+        self.take_spare_key();
         self.standing = Standing::Expired;
         self.old = Some(std::mem::replace(&mut self.node, NodeKeyPair::random()));
     }
@@ -217,7 +256,7 @@ mod tests {
     #[test]
     fn a_key_opens_the_door() {
         let node = NodeKeyPair::random();
-        let mut registration = Registration::new(node.clone(), true, Standing::Stranger);
+        let mut registration = Registration::new(node.clone(), Key::AtHand, Standing::Stranger);
         assert_eq!(request(&registration).auth.unwrap().auth_key, "tskey-test");
         assert_eq!(
             registration.answer(joined()),
@@ -230,7 +269,8 @@ mod tests {
 
     #[test]
     fn a_member_with_a_spent_key_stays_a_member() {
-        let mut registration = Registration::new(NodeKeyPair::random(), true, Standing::Stranger);
+        let mut registration =
+            Registration::new(NodeKeyPair::random(), Key::AtHand, Standing::Stranger);
         assert_eq!(registration.answer(error("key was used")), Step::Again);
         assert_eq!(request(&registration).auth, None);
         assert!(matches!(
@@ -243,7 +283,7 @@ mod tests {
     fn a_stranger_with_a_spent_key_is_told_of_the_key() {
         for second in [page("https://login"), error("unknown node")] {
             let mut registration =
-                Registration::new(NodeKeyPair::random(), true, Standing::Stranger);
+                Registration::new(NodeKeyPair::random(), Key::AtHand, Standing::Stranger);
             registration.answer(error("key was used"));
             assert_eq!(
                 registration.answer(second),
@@ -254,7 +294,8 @@ mod tests {
 
     #[test]
     fn a_person_logs_in() {
-        let mut registration = Registration::new(NodeKeyPair::random(), false, Standing::Stranger);
+        let mut registration =
+            Registration::new(NodeKeyPair::random(), Key::None, Standing::Stranger);
         assert_eq!(registration.visit(), None);
         assert_eq!(
             registration.answer(page("https://a")),
@@ -274,7 +315,7 @@ mod tests {
     #[test]
     fn an_expired_key_is_replaced_once() {
         let old = NodeKeyPair::random();
-        let mut registration = Registration::new(old.clone(), true, Standing::Member);
+        let mut registration = Registration::new(old.clone(), Key::AtHand, Standing::Member);
         assert_eq!(registration.answer(expired()), Step::Again);
         let next = request(&registration);
         assert_eq!(next.old_node_key, Some(old.public));
@@ -288,14 +329,14 @@ mod tests {
         };
         assert_eq!(node.public, next.node_key);
         assert_eq!(registration.answer(expired()), Step::Expired);
-        let known = Registration::new(old.clone(), true, Standing::Expired);
+        let known = Registration::new(old.clone(), Key::AtHand, Standing::Expired);
         assert_eq!(request(&known).old_node_key, Some(old.public));
     }
 
     #[test]
     fn a_member_without_a_good_key_waits_for_a_person() {
         for standing in [Standing::Member, Standing::Expired] {
-            let mut registration = Registration::new(NodeKeyPair::random(), true, standing);
+            let mut registration = Registration::new(NodeKeyPair::random(), Key::AtHand, standing);
             assert_eq!(registration.answer(error("key was used")), Step::Again);
             let step = registration.answer(page("https://a"));
             assert_eq!(step, Step::Visit("https://a".into()));
@@ -304,9 +345,31 @@ mod tests {
     }
 
     #[test]
+    fn a_key_that_must_be_made_is_not_asked_for_by_a_member() {
+        let new = |standing| Registration::new(NodeKeyPair::random(), Key::OnDemand, standing);
+        assert!(new(Standing::Stranger).presents_key() && new(Standing::Expired).presents_key());
+        assert!(!new(Standing::Forgotten).presents_key());
+        let mut member = new(Standing::Member);
+        assert!(!member.presents_key() && request(&member).auth.is_none());
+        assert!(matches!(member.answer(joined()), Step::Joined { .. }));
+        // One whom the server forgot while it was away, or whose key has expired, needs one.
+        for no in [page("https://a"), error("unknown"), expired()] {
+            let mut member = new(Standing::Member);
+            assert_eq!(member.answer(no), Step::Again);
+            assert!(member.presents_key() && request(&member).auth.is_some());
+            member.key_refused("no such client".into());
+            assert_eq!(
+                member.answer(page("https://a")),
+                Step::Visit("https://a".into())
+            );
+            assert!(member.reason().ends_with("no such client"));
+        }
+    }
+
+    #[test]
     fn a_deleted_node_does_not_use_its_key() {
         let node = NodeKeyPair::random();
-        let mut registration = Registration::new(node.clone(), true, Standing::Forgotten);
+        let mut registration = Registration::new(node.clone(), Key::AtHand, Standing::Forgotten);
         assert_eq!(request(&registration).auth, None);
         assert!(registration.reason().contains("deleted"));
         let step = registration.answer(page("https://a"));
@@ -322,10 +385,10 @@ mod tests {
     proptest! {
         /// Whatever the server says, haste ends: only waiting for a person goes on for ever.
         #[test]
-        fn no_server_keeps_us_asking_in_haste(answers in proptest::collection::vec(0..4u8, 20), has_key: bool, which in 0..4usize) {
+        fn no_server_keeps_us_asking_in_haste(answers in proptest::collection::vec(0..4u8, 20), key in 0..3usize, which in 0..4usize) {
             use Standing::{Expired, Forgotten, Member, Stranger};
             let standing = [Stranger, Member, Expired, Forgotten][which];
-            let mut registration = Registration::new(NodeKeyPair::random(), has_key, standing);
+            let mut registration = Registration::new(NodeKeyPair::random(), [Key::None, Key::AtHand, Key::OnDemand][key], standing);
             let mut hasty = 0;
             for answer in answers {
                 let before = request(&registration);
@@ -342,7 +405,7 @@ mod tests {
                     Step::Joined { .. } | Step::Refused(_) | Step::Expired => break,
                 }
             }
-            prop_assert!(hasty <= 2);
+            prop_assert!(hasty <= 3);
         }
     }
 }
