@@ -22,7 +22,7 @@ use serde::{Serialize, de::DeserializeOwned};
 use serde_json::json;
 use tailnode_plugin::{
     api::{self, Request, Response},
-    options::Options,
+    options::Layer,
 };
 use tailnode_tun::Netns;
 
@@ -77,7 +77,7 @@ fn create(network: NewNetwork) -> Result<NewNetwork, String> {
     let options = network
         .options()
         .map_err(|error| in_network(format!("options: {error}")))?;
-    Options::of_network(&options).map_err(|error| in_network(error.to_string()))?;
+    Layer::of_network(network.name(), &options).map_err(|error| in_network(error.to_string()))?;
     Ok(network.without_addresses())
 }
 

@@ -27,7 +27,7 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use tailnode_node::Secret;
 use tailnode_tun::Interface;
 
-use crate::Error;
+use crate::{Error, options::Told};
 
 /// The longest message, in bytes, its newline included.
 const MAX_MESSAGE: usize = 1 << 20;
@@ -82,6 +82,12 @@ pub enum Request {
         #[serde(with = "exposed")]
         key: Option<Secret>,
     },
+    /// What holds for a container on each of its networks, and who set it. Answered with
+    /// [`Response::Explained`].
+    Explain {
+        /// The container's name, or the beginning of its id.
+        container: String,
+    },
     /// Take the nodes of a container out of their tailnets; they stay in the list as stopped. The
     /// container joins again when it is started again.
     Logout {
@@ -118,7 +124,7 @@ pub enum Response {
     Attached {
         /// The device.
         interface: Interface,
-        /// The node's resolver.
+        /// The node's resolver; none where the container's DNS is to stay as it is.
         dns_servers: Vec<IpAddr>,
         /// Domains to complete short names with.
         search_domains: Vec<String>,
@@ -127,6 +133,8 @@ pub enum Response {
     Ok,
     /// Every container with a node, by name.
     Status(Vec<ContainerStatus>),
+    /// The container's options, by network.
+    Explained(Vec<Explained>),
     /// It was not done. [`call`] returns this as [`Error::Daemon`].
     Error {
         /// Why, and what to do.
@@ -168,6 +176,21 @@ pub struct ContainerStatus {
     pub interface: String,
     /// The node.
     pub node: tailnode_node::Status,
+}
+
+/// A container's options on one network.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Explained {
+    /// The container's name.
+    pub container: String,
+    /// The engine's id of it.
+    pub container_id: String,
+    /// The engine.
+    pub engine: Engine,
+    /// The network's name.
+    pub network: String,
+    /// All of them, in the order of the manual.
+    pub options: Vec<Told>,
 }
 
 /// Whether a person who writes `wanted` means this container: by its name, or by the beginning of

@@ -26,8 +26,8 @@ use crate::{
     api::{self, Engine, Request, Response},
     docker::Plugin,
     endpoints::{Endpoints, Guest, Key, Ready, Tun},
-    interface::{self, blocking},
-    options::Options,
+    interface::blocking,
+    options::Layer,
     podman,
     secrets::Secrets,
 };
@@ -94,7 +94,7 @@ impl From<Offload> for tailnode_node::Offload {
 
 /// Runs the daemon until it gets SIGTERM or SIGINT; then all nodes are stopped.
 pub async fn run(settings: Settings) -> Result<(), Error> {
-    let defaults = Options::of_file(&settings.config)?;
+    let defaults = Layer::of_file(&settings.config)?;
     private_directory(&settings.state)?;
     let nodes = settings.state.join("nodes");
     let _held = [hold(&nodes)?, hold(&settings.run_dir)?];
@@ -234,19 +234,18 @@ impl Shims {
                 let subject = format!("container {container_name} on network {network_name}");
                 let attach = async {
                     let device = device.ok_or(Error::NoDevice)?;
-                    let of_container = Options::of_container(&endpoint_options)?;
-                    let of_network = Options::of_network(&network_options)?;
+                    let of_endpoint = Layer::of_endpoint(&endpoint_options)?;
+                    let of_network = Layer::of_network(&network_name, &network_options)?;
                     let (database, id) = (self.podman_db.clone(), container_id.clone());
-                    let labels = blocking(move || podman::labels(&database, &id)).await;
+                    let marks = blocking(move || podman::marks(&database, &id)).await;
+                    let of_marks = Layer::of_marks(&marks)?;
                     let guest = Guest {
                         key: podman_key(container_id.clone(), network_id),
                         container_id,
                         container_name,
                         network_name,
                         address: None,
-                        options: of_container
-                            .over(Options::of_labels(&labels)?)
-                            .over(of_network),
+                        layers: vec![of_network, of_marks, of_endpoint],
                     };
                     let device = Tun::Given(device);
                     self.endpoints.attach(guest, device, deadline).await
@@ -271,6 +270,9 @@ impl Shims {
                 self.endpoints.login(network, key).await?;
                 Ok(Response::Ok)
             }
+            Request::Explain { container } => {
+                Ok(Response::Explained(self.endpoints.explain(&container)?))
+            }
             Request::Logout { container } => {
                 self.endpoints.logout(&container).await?;
                 Ok(Response::Ok)
@@ -291,7 +293,7 @@ fn podman_key(container_id: String, network_id: String) -> Key {
 fn attached(ready: &Ready) -> Response {
     Response::Attached {
         interface: ready.interface.clone(),
-        dns_servers: vec![interface::resolver(&ready.interface)],
+        dns_servers: ready.dns_servers.clone(),
         search_domains: ready.search_domains.clone(),
     }
 }
@@ -409,7 +411,7 @@ mod tests {
         let (listener, file) = listen(directory.path().join("s.sock")).await.unwrap();
         let nodes = directory.path().join("nodes");
         let secrets = Secrets::new(directory.path().join("keys"), None, "/nonexistent".into());
-        let endpoints = Endpoints::new(nodes, Options::default(), secrets, Offload::All.into());
+        let endpoints = Endpoints::new(nodes, Layer::default(), secrets, Offload::All.into());
         let endpoints = Arc::new(endpoints.unwrap());
         let podman_db = directory.path().join("db.sql");
         let server = tokio::spawn(
@@ -528,7 +530,7 @@ mod tests {
             endpoints: Arc::new(
                 Endpoints::new(
                     "/nonexistent".into(),
-                    Options::default(),
+                    Layer::default(),
                     Secrets::new("/nonexistent".into(), None, "/nonexistent".into()),
                     Offload::All.into(),
                 )

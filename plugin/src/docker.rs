@@ -30,7 +30,7 @@ use crate::{
     api::Engine,
     endpoints::{Endpoints, Guest, Key, Tun, lock},
     interface,
-    options::Options,
+    options::Layer,
 };
 
 /// What Docker's own plugins say.
@@ -168,7 +168,8 @@ impl Plugin {
             _ => BTreeMap::new(),
         };
         // Docker keeps them, and tells them again when a container joins.
-        Options::of_network(&texts(given))?;
+        self.endpoints
+            .allows(&Layer::of_network("", &texts(given))?)?;
         Ok(json!({}))
     }
 
@@ -177,7 +178,7 @@ impl Plugin {
         // Docker's own come in the same map.
         given.retain(|key, _| !key.starts_with("com.docker."));
         let given = texts(given);
-        Options::of_container(&given)?;
+        Layer::of_endpoint(&given)?;
         let address = request
             .interface
             .and_then(|interface| interface.address.parse().ok());
@@ -239,18 +240,16 @@ impl Plugin {
                 network.name
             ),
         };
-        let of_labels = Options::of_labels(container.labels()).map_err(named)?;
-        let of_network = Options::of_network(network.options()).map_err(named)?;
+        let of_network = Layer::of_network(&network.name, network.options()).map_err(named)?;
+        let of_marks = Layer::of_marks(&container.marks()).map_err(named)?;
+        let of_endpoint = Layer::of_endpoint(&made.options).map_err(named)?;
         Ok(Guest {
             key: request.key(),
             container_id: container.id.clone(),
             container_name: container.name().to_owned(),
             network_name: network.name.clone(),
             address: made.address,
-            options: Options::of_container(&made.options)
-                .map_err(named)?
-                .over(of_labels)
-                .over(of_network),
+            layers: vec![of_network, of_marks, of_endpoint],
         })
     }
 }
@@ -351,7 +350,7 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let endpoints = Endpoints::new(
             directory.path().join("nodes"),
-            Options::default(),
+            Layer::default(),
             Secrets::new("/nonexistent".into(), None, "/nonexistent".into()),
             tailnode_node::Offload::All,
         )

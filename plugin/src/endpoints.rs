@@ -3,6 +3,7 @@
 use std::{
     collections::{HashMap, HashSet},
     fs, mem,
+    net::IpAddr,
     os::fd::{AsFd, OwnedFd},
     path::PathBuf,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
@@ -10,9 +11,7 @@ use std::{
 };
 
 use ipnet::IpNet;
-use tailnode_node::{
-    AuthKey, Login, Neighbours, Node, Offload, RoutePreferences, Secret, Segment, Zone,
-};
+use tailnode_node::{Login, Neighbours, Node, Offload, RoutePreferences, Secret, Segment, Zone};
 use tailnode_tun::{Exit, Interface, Netns};
 use tokio::{
     task::{AbortHandle, JoinSet},
@@ -22,11 +21,11 @@ use url::Url;
 
 use crate::{
     Error,
-    api::{ContainerStatus, Engine, is_called},
+    api::{ContainerStatus, Engine, Explained, is_called},
     identities::{Identities, Identity},
     interface::{self, Device, Wanted, blocking},
-    options::{self, Options},
-    secrets::Secrets,
+    options::{self, Layer, Settled, Surface, Told, settle},
+    secrets::{Found, Secrets},
 };
 
 /// How long a detach is waited for. A node that cannot reach its control server to log out goes on
@@ -62,8 +61,8 @@ pub(crate) struct Guest {
     pub(crate) network_name: String,
     /// The address that the engine itself has chosen for it, on a network of this host alone.
     pub(crate) address: Option<IpNet>,
-    /// All that is set for it except by the host's configuration.
-    pub(crate) options: Options,
+    /// What is set for it above the host's configuration, the lowest first.
+    pub(crate) layers: Vec<Layer>,
 }
 
 /// The device that its node serves.
@@ -78,13 +77,14 @@ pub(crate) enum Tun {
 pub(crate) struct Ready {
     /// How the device is to be set up.
     pub(crate) interface: Interface,
+    pub(crate) dns_servers: Vec<IpAddr>,
     pub(crate) search_domains: Vec<String>,
     endpoint: Arc<Endpoint>,
 }
 
 /// The nodes of all the host's containers.
 pub(crate) struct Endpoints {
-    defaults: Options,
+    defaults: Layer,
     secrets: Arc<Secrets>,
     identities: Identities,
     host: (u64, u64),
@@ -176,8 +176,11 @@ struct Endpoint {
     ephemeral: bool,
     /// Whether the container does not start before somebody has let its node in.
     requires_login: bool,
+    accepts_dns: bool,
     routes: RoutePreferences,
     exit: Exit,
+    /// Its options, and who set them.
+    told: Vec<Told>,
     held: Mutex<Held>,
 }
 
@@ -197,7 +200,7 @@ impl Endpoints {
     /// configuration sets.
     pub(crate) fn new(
         directory: PathBuf,
-        defaults: Options,
+        defaults: Layer,
         secrets: Secrets,
         offload: Offload,
     ) -> Result<Self, Error> {
@@ -210,6 +213,11 @@ impl Endpoints {
             offload,
             state: Mutex::default(),
         })
+    }
+
+    /// Whether a network may have these options under the host's configuration.
+    pub(crate) fn allows(&self, network: &Layer) -> Result<(), Error> {
+        settle([&self.defaults, network]).map(|_| ())
     }
 
     /// Gives a container its node, and waits until `deadline` for its addresses. When this fails,
@@ -281,12 +289,18 @@ impl Endpoints {
         turn: u32,
         deadline: Instant,
     ) -> Result<Arc<Endpoint>, Error> {
-        let auth_key = self.auth_key(&guest).await?;
-        let options = guest.options.clone().over(self.defaults.clone());
+        let settled = settle(std::iter::once(&self.defaults).chain(&guest.layers))?;
+        let found = self.auth_key(&guest.network_name, &settled).await?;
+        let says_ephemeral = settled.surface("ephemeral").is_some();
+        let (options, mut told) = (settled.options, settled.told);
         let login_server = options.login_server()?;
-        let key_says = auth_key.as_ref().and_then(AuthKey::ephemeral);
-        let ephemeral = options.ephemeral.or(key_says).unwrap_or(false);
-        let requires_login = options.require_login.unwrap_or(false);
+        // The secret of an OAuth client may say so too.
+        let ephemeral = match found.as_ref().and_then(|found| found.key.ephemeral()) {
+            Some(ephemeral) if !says_ephemeral => ephemeral,
+            _ => options.ephemeral,
+        };
+        let accepts_dns = options.accepts_dns();
+        let requires_login = options.require_login;
         let (routes, exit) = (options.routes()?, options.exit());
         let hostname = options
             .hostname
@@ -297,6 +311,18 @@ impl Endpoints {
             .identities
             .take(&guest.network_name, &hostname, deadline)
             .await?;
+        if found.as_ref().is_some_and(|found| found.by_login)
+            && let Some(told) = told.iter_mut().find(|told| told.key == "auth-key")
+        {
+            told.value = "kept by tailnoded".into();
+            told.origin = format!("tailnode login {}", guest.network_name);
+        }
+        for told in told.iter_mut().filter(|told| told.key == "hostname") {
+            if identity.hostname != hostname {
+                told.origin += &format!(", where {hostname} is in use");
+            }
+            told.value = identity.hostname.clone();
+        }
         if !self.state().wants(&guest.key, turn) {
             return Err(Error::Detached);
         }
@@ -326,9 +352,9 @@ impl Endpoints {
         let started = Node::start(tailnode_node::Config {
             state_dir: identity.directory.clone(),
             login_server: login_server.clone(),
-            auth_key,
+            auth_key: found.map(|found| found.key),
             hostname: identity.hostname.clone(),
-            tags: options.tags.unwrap_or_default(),
+            tags: options.tags,
             routes: routes.clone(),
             ephemeral,
             names_elsewhere,
@@ -352,8 +378,10 @@ impl Endpoints {
             login_server,
             ephemeral,
             requires_login,
+            accepts_dns,
             routes,
             exit,
+            told,
             held: Mutex::new(Held {
                 tun: Some(Arc::new(copy)),
                 identity: Some(identity),
@@ -381,12 +409,15 @@ impl Endpoints {
         Ok(endpoint)
     }
 
-    /// What a container's node joins with.
-    async fn auth_key(&self, guest: &Guest) -> Result<Option<AuthKey>, Error> {
+    /// What nodes of this network join with.
+    async fn auth_key(&self, network: &str, settled: &Settled) -> Result<Option<Found>, Error> {
         let secrets = self.secrets.clone();
-        let network = guest.network_name.clone();
-        let own = guest.options.auth_key.clone();
-        let host = self.defaults.auth_key.clone();
+        let network = network.to_owned();
+        let set = settled.options.auth_key.clone();
+        let (own, host) = match settled.surface("auth-key") {
+            Some(Surface::File) => (None, set),
+            _ => (set, None),
+        };
         blocking(move || secrets.find(&network, own.as_ref(), host.as_ref())).await
     }
 
@@ -453,9 +484,18 @@ impl Endpoints {
             endpoint.node.join(segment, address).await;
         }
         self.clone().keep(endpoint);
+        let interface = self.wanted(endpoint, endpoint.index().unwrap_or(0));
+        let (dns_servers, search_domains) = match endpoint.accepts_dns {
+            true => (
+                vec![interface::resolver(&interface)],
+                identity.search_domains,
+            ),
+            false => (Vec::new(), Vec::new()),
+        };
         Ok(Ready {
-            interface: self.wanted(endpoint, endpoint.index().unwrap_or(0)),
-            search_domains: identity.search_domains,
+            interface,
+            dns_servers,
+            search_domains,
             endpoint: endpoint.clone(),
         })
     }
@@ -508,7 +548,7 @@ impl Endpoints {
             index,
             reach: &endpoint.node.reach().borrow(),
             taken: &taken,
-            trap_dns: guest.key.engine == Engine::Docker,
+            trap_dns: guest.key.engine == Engine::Docker && endpoint.accepts_dns,
             exit: endpoint.exit,
             forwards: !endpoint.routes.offered().is_empty(),
         })
@@ -596,22 +636,41 @@ impl Endpoints {
     /// Takes the nodes of the container of this name, or of an id that begins so, out of their
     /// tailnets.
     pub(crate) async fn logout(&self, container: &str) -> Result<(), Error> {
+        let mut logouts = JoinSet::new();
+        for endpoint in self.called(container)? {
+            logouts.spawn(async move { endpoint.node.logout().await });
+        }
+        let outcomes = logouts.join_all().await;
+        Ok(outcomes.into_iter().collect::<Result<(), _>>()?)
+    }
+
+    /// What holds for the container of this name, or of an id that begins so, on each of its
+    /// networks, and who says so.
+    pub(crate) fn explain(&self, container: &str) -> Result<Vec<Explained>, Error> {
+        let mut list: Vec<_> = self
+            .called(container)?
+            .iter()
+            .map(|it| it.explain())
+            .collect();
+        list.sort_by(|a, b| {
+            (&a.container, a.engine, &a.network).cmp(&(&b.container, b.engine, &b.network))
+        });
+        Ok(list)
+    }
+
+    /// Those of the container of this name, or of an id that begins so: at least one.
+    fn called(&self, container: &str) -> Result<Vec<Arc<Endpoint>>, Error> {
         let mut wanted: Vec<_> = self.state().endpoints.values().cloned().collect();
         wanted.retain(|endpoint| {
             let guest = &endpoint.guest;
             is_called(&guest.container_name, &guest.container_id, container)
         });
-        if wanted.is_empty() {
-            return Err(Error::NoContainer {
+        match wanted.is_empty() {
+            true => Err(Error::NoContainer {
                 container: container.to_owned(),
-            });
+            }),
+            false => Ok(wanted),
         }
-        let mut logouts = JoinSet::new();
-        for endpoint in wanted {
-            logouts.spawn(async move { endpoint.node.logout().await });
-        }
-        let outcomes = logouts.join_all().await;
-        Ok(outcomes.into_iter().collect::<Result<(), _>>()?)
     }
 
     /// All of them, and those that wait to be let in, by container and network.
@@ -731,6 +790,17 @@ impl Endpoint {
         }
     }
 
+    fn explain(&self) -> Explained {
+        let guest = &self.guest;
+        Explained {
+            container: guest.container_name.clone(),
+            container_id: guest.container_id.clone(),
+            engine: guest.key.engine,
+            network: guest.network_name.clone(),
+            options: self.told.clone(),
+        }
+    }
+
     /// Whether the node lives and serves this very device.
     async fn serves(&self, tun: &Tun) -> bool {
         if self.held().identity.is_none() {
@@ -832,7 +902,7 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let all = Endpoints::new(
             directory.path().to_owned(),
-            Options::default(),
+            Layer::default(),
             Secrets::new("/nonexistent".into(), None, "/nonexistent".into()),
             Offload::All,
         )
@@ -852,7 +922,7 @@ mod tests {
             container_name: "web".into(),
             network_name: "tailnet".into(),
             address: None,
-            options: Options::default(),
+            layers: Vec::new(),
         };
         let null = File::open("/dev/null").unwrap();
         let attach = all.attach(guest, Tun::Given(null.into()), soon);

@@ -52,9 +52,30 @@ pub enum Error {
         /// What was given.
         key: String,
         /// Where it was given.
-        place: &'static str,
+        place: String,
         /// The nearest one, or all there are.
         advice: String,
+    },
+
+    /// An option for what Tailscale can do and tailnode cannot.
+    #[error("`{key}` {place}: tailnode does not {what} yet: leave it out")]
+    MissingFeature {
+        /// What was given.
+        key: String,
+        /// Where it was given.
+        place: String,
+        /// What it asks for, as a verb.
+        what: &'static str,
+    },
+
+    /// An auth key where the name of an option should be. Holds nothing of it.
+    #[error(
+        "an auth key {place}, where an option's name should be: revoke it, since `inspect` shows \
+         it, and give a new one to `tailnode login NETWORK`, which asks for it"
+    )]
+    KeyForOption {
+        /// Where it was given.
+        place: String,
     },
 
     /// An option in a place where it is not taken.
@@ -63,9 +84,22 @@ pub enum Error {
         /// The option.
         key: &'static str,
         /// Where it was given.
-        place: &'static str,
+        place: String,
         /// Where it can be set.
         advice: &'static str,
+    },
+
+    /// An option that somebody below has locked.
+    #[error("`{key}` cannot be set {place}: the {lock} locks it. {owner}")]
+    LockedOption {
+        /// The option.
+        key: &'static str,
+        /// Where it was given.
+        place: String,
+        /// Who locked it: `network NAME` or `file PATH`.
+        lock: String,
+        /// Who may change that, and how: a sentence.
+        owner: &'static str,
     },
 
     /// An option with a value that makes no sense. Never holds the value of a secret.
@@ -74,7 +108,7 @@ pub enum Error {
         /// The option.
         key: &'static str,
         /// Where it was given.
-        place: &'static str,
+        place: String,
         /// What is wrong, and what is right.
         reason: String,
     },

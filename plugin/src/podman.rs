@@ -16,7 +16,7 @@ use serde::{
     de::{DeserializeOwned, IgnoredAny},
 };
 
-use crate::interface;
+use crate::{interface, options::Marks};
 
 /// ContainerStateRunning (libpod/define/containerstate.go).
 const RUNNING: u32 = 3;
@@ -26,6 +26,23 @@ const RUNNING: u32 = 3;
 struct ContainerConfig {
     #[serde(default)]
     labels: Option<BTreeMap<String, String>>,
+    #[serde(default)]
+    spec: Option<Spec>,
+}
+
+/// The part of the OCI configuration in it.
+#[derive(Default, Deserialize)]
+struct Spec {
+    #[serde(default)]
+    annotations: Option<BTreeMap<String, String>>,
+    #[serde(default)]
+    process: Option<Process>,
+}
+
+#[derive(Deserialize)]
+struct Process {
+    #[serde(default)]
+    env: Option<Vec<String>>,
 }
 
 /// The part of its ContainerState (libpod/container.go).
@@ -53,23 +70,33 @@ pub(crate) struct Container {
     pub(crate) name: String,
 }
 
-/// A container's labels; none when they cannot be read. Blocks for at most a quarter of a second.
-pub(crate) fn labels(database: &Path, container_id: &str) -> BTreeMap<String, String> {
+/// What a container carries; nothing when it cannot be read. Blocks for at most a quarter of a
+/// second.
+pub(crate) fn marks(database: &Path, container_id: &str) -> Marks {
     let read = |podman: Connection| {
         let config: ContainerConfig = podman.query_row(
             "SELECT CAST(JSON AS TEXT) FROM ContainerConfig WHERE ID = ?",
             [container_id],
             |row| json(row, 0),
         )?;
-        Ok(config.labels.unwrap_or_default())
+        let spec = config.spec.unwrap_or_default();
+        let environment = spec.process.and_then(|process| process.env);
+        let environment = environment.unwrap_or_default();
+        let pairs = environment.iter().filter_map(|line| line.split_once('='));
+        Ok(Marks {
+            labels: config.labels.unwrap_or_default(),
+            annotations: spec.annotations.unwrap_or_default(),
+            environment: pairs.map(|(k, v)| (k.to_owned(), v.to_owned())).collect(),
+        })
     };
     look(database, read).unwrap_or_else(|error| {
         tracing::warn!(
             container_id,
             database = %database.display(),
-            "cannot read the container's labels, so they set nothing: {error}"
+            "cannot read the container's labels, annotations and environment, so they set nothing: \
+             {error}"
         );
-        BTreeMap::new()
+        Marks::default()
     })
 }
 
@@ -145,28 +172,40 @@ mod tests {
     fn labels_come_from_the_database_and_trouble_is_no_failure() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("db.sql");
-        assert!(labels(&path, "c1").is_empty());
+        assert_eq!(marks(&path, "c1"), Marks::default());
         let connection = Connection::open(&path).unwrap();
-        assert!(labels(&path, "c1").is_empty());
+        assert_eq!(marks(&path, "c1"), Marks::default());
         connection
             .execute_batch(
                 r#"CREATE TABLE ContainerConfig(ID TEXT PRIMARY KEY, Name TEXT, PodID TEXT, JSON TEXT);
                 INSERT INTO ContainerConfig VALUES
-                    ('c1', 'web', NULL, CAST('{"id":"c1","labels":{"tailscale.hostname":"www"},"spec":{}}' AS BLOB)),
+                    ('c1', 'web', NULL, CAST('{"id":"c1","labels":{"tailscale.hostname":"www"},"spec":
+                        {"annotations":{"a":"b"},"process":{"env":["PATH=/bin","TS_HOSTNAME=a=b","odd"]}}}' AS BLOB)),
                     ('c2', 'bare', NULL, CAST('{"id":"c2"}' AS BLOB)),
                     ('c3', 'odd', NULL, '[]');"#,
             )
             .unwrap();
+        let pair = |key: &str, value: &str| (key.to_owned(), value.to_owned());
         assert_eq!(
-            labels(&path, "c1"),
-            [("tailscale.hostname".to_owned(), "www".to_owned())].into()
+            marks(&path, "c1"),
+            Marks {
+                labels: [pair("tailscale.hostname", "www")].into(),
+                annotations: [pair("a", "b")].into(),
+                environment: [pair("PATH", "/bin"), pair("TS_HOSTNAME", "a=b")].into(),
+            }
         );
         for id in ["c2", "c3", "c4"] {
-            assert!(labels(&path, id).is_empty(), "{id}");
+            assert_eq!(marks(&path, id), Marks::default(), "{id}");
         }
         // A write in progress does not hold us up beyond the limit, and is no failure.
         connection.execute_batch("BEGIN EXCLUSIVE").unwrap();
-        assert!(labels(&path, "c1").is_empty());
+        assert_eq!(marks(&path, "c1"), Marks::default());
+        connection.execute_batch("ROLLBACK").unwrap();
+        // Another schema, as some release of Podman's to come may have, costs what is in it.
+        connection
+            .execute_batch("ALTER TABLE ContainerConfig RENAME COLUMN JSON TO Config")
+            .unwrap();
+        assert_eq!(marks(&path, "c1"), Marks::default());
     }
 
     #[test]

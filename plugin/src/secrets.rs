@@ -99,6 +99,14 @@ pub fn is_key(text: &str) -> bool {
     !text.starts_with("file:/") && ["tskey-", "hskey-"].iter().any(|mark| text.contains(mark))
 }
 
+/// An auth key that was found.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Found {
+    pub(crate) key: AuthKey,
+    /// Whether `tailnode login` gave it.
+    pub(crate) by_login: bool,
+}
+
 /// The places of this host where keys are kept.
 #[derive(Debug)]
 pub(crate) struct Secrets {
@@ -132,14 +140,17 @@ impl Secrets {
         network: &str,
         of_network: Option<&KeySource>,
         of_host: Option<&KeySource>,
-    ) -> Result<Option<AuthKey>, Error> {
-        if let Some(source) = of_network {
-            return self.read(source).map(Some);
-        }
-        if let Some(key) = self.kept(network)? {
-            return Ok(Some(key));
-        }
-        of_host.map(|source| self.read(source)).transpose()
+    ) -> Result<Option<Found>, Error> {
+        let kept = match of_network {
+            Some(_) => None,
+            None => self.kept(network)?,
+        };
+        let by_login = kept.is_some();
+        let key = match (kept, of_network.or(of_host)) {
+            (Some(key), _) => Some(key),
+            (None, source) => source.map(|source| self.read(source)).transpose()?,
+        };
+        Ok(key.map(|key| Found { key, by_login }))
     }
 
     fn read(&self, source: &KeySource) -> Result<AuthKey, Error> {
@@ -527,7 +538,11 @@ mod tests {
             let path = places.write(name, format!("tskey-auth-{name}"));
             KeySource::File(path)
         });
-        let find = |network, own, host| secrets.find(network, own, host).unwrap();
+        let find = |network, own, host| {
+            let found = secrets.find(network, own, host).unwrap()?;
+            assert_eq!(found.by_login, found.key == key(KEY));
+            Some(found.key)
+        };
         assert_eq!(
             find("tailnet", Some(&own), Some(&host)),
             Some(key("tskey-auth-own"))

@@ -14,7 +14,7 @@ use serde::{Deserialize, de::DeserializeOwned};
 use tokio::net::UnixStream;
 use url::form_urlencoded;
 
-use crate::Error;
+use crate::{Error, options::Marks};
 
 /// For all the questions of one join together.
 const PATIENCE: Duration = Duration::from_secs(2);
@@ -54,6 +54,16 @@ pub(super) struct Container {
     names: Vec<String>,
     #[serde(default)]
     labels: Option<BTreeMap<String, String>>,
+    #[serde(default)]
+    host_config: Option<HostConfig>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "PascalCase")]
+struct HostConfig {
+    /// Since version 1.46 of the API.
+    #[serde(default)]
+    annotations: Option<BTreeMap<String, String>>,
 }
 
 static NOTHING: BTreeMap<String, String> = BTreeMap::new();
@@ -81,9 +91,15 @@ impl Container {
         names.find(|name| !name.contains('/')).unwrap_or(&self.id)
     }
 
-    /// Its labels, the image's among them.
-    pub(super) fn labels(&self) -> &BTreeMap<String, String> {
-        self.labels.as_ref().unwrap_or(&NOTHING)
+    /// What it carries. Docker tells of an environment only under the container's lock.
+    pub(super) fn marks(&self) -> Marks {
+        let host_config = self.host_config.as_ref();
+        let annotations = host_config.and_then(|config| config.annotations.clone());
+        Marks {
+            labels: self.labels.clone().unwrap_or_default(),
+            annotations: annotations.unwrap_or_default(),
+            environment: BTreeMap::new(),
+        }
     }
 }
 
@@ -245,12 +261,16 @@ mod tests {
     fn a_container_in_the_list_has_id_and_labels() {
         let list: Vec<Container> = serde_json::from_str(
             r#"[{"Id":"ae48c7267541","Names":["/other/alias","/cc7"],"Image":"busybox","State":"created",
-            "Labels":{"tailscale.hostname":"web"},"HostConfig":{"NetworkMode":"tailnet"}},
+            "Labels":{"tailscale.hostname":"web"},"HostConfig":{"NetworkMode":"tailnet",
+            "Annotations":{"tailscale.tags":"tag:web"}}},
             {"Id":"b0","Names":[],"Labels":null}]"#,
         )
         .unwrap();
         assert_eq!(list[0].name(), "cc7");
-        assert_eq!(list[0].labels()["tailscale.hostname"], "web");
+        let marks = list[0].marks();
+        assert_eq!(marks.labels["tailscale.hostname"], "web");
+        assert_eq!(marks.annotations["tailscale.tags"], "tag:web");
+        assert_eq!(list[1].marks(), Marks::default());
         assert_eq!(list[1].name(), "b0");
     }
 
