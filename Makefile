@@ -1,6 +1,6 @@
 # The tasks of people who work on tailnode or install it; cargo builds it.
 .DEFAULT_GOAL := help
-.PHONY: help build demo test units namespaces engines interop bench check install uninstall
+.PHONY: help build manual demo test units namespaces engines interop bench check install uninstall
 
 # Finds cargo although sudo resets PATH, and leaves no files of root's in the tree.
 cargo := integration/cargo
@@ -15,6 +15,9 @@ help: ## show this
 
 build: ## compile the programs for release
 	$(cargo) build --release --workspace --bins
+
+manual: ## write the README's table of options and the manual page
+	TAILNODE_WRITE_MANUAL=1 $(cargo) test -p tailnode-plugin --lib manual::
 
 demo: ## (root) see it work: two containers, two engines, one tailnet
 	@integration/demo

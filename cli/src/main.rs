@@ -11,7 +11,10 @@ use std::{
 
 use anyhow::bail;
 use clap::{Parser, Subcommand};
-use tailnode_plugin::api::{self, ContainerStatus, Request, Response, is_called};
+use tailnode_plugin::{
+    api::{self, ContainerStatus, Request, Response, is_called},
+    options::manual,
+};
 
 /// For the daemon to answer; it does so from memory.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -81,6 +84,21 @@ enum Command {
         #[arg(long, value_name = "SECONDS", requires = "wait")]
         timeout: Option<u64>,
     },
+    /// Show what is set for a container's nodes, and who set it.
+    Explain {
+        /// Its name, or the beginning of its id.
+        container: String,
+        /// Print JSON: of each network its container, container_id, engine, network and options, and
+        /// of each option key, value, origin and locked_by.
+        #[arg(long)]
+        json: bool,
+    },
+    /// List the options that a network, a container or the host can set.
+    Options {
+        /// Print the manual page, for man(1).
+        #[arg(long)]
+        man: bool,
+    },
     /// Take a container out of its tailnets until it is started again.
     Logout {
         /// Its name, or the beginning of its id.
@@ -99,6 +117,9 @@ fn main() -> ExitCode {
         Command::Login {
             network, remove, ..
         } => login::give(network.unwrap_or_default(), remove),
+        Command::Explain { container, json } => explain(container, json),
+        Command::Options { man: false } => print(&manual::text()),
+        Command::Options { man: true } => print(&manual::page()),
         Command::Logout { container } => tell(Request::Logout { container }),
     };
     match done {
@@ -108,6 +129,18 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+fn explain(container: String, json: bool) -> anyhow::Result<()> {
+    let request = Request::Explain { container };
+    let response = api::call(&api::socket_path(), &request, None, PATIENCE)?;
+    let Response::Explained(list) = response else {
+        bail!(OTHER_ANSWER);
+    };
+    print(&match json {
+        true => serde_json::to_string_pretty(&list)? + "\n",
+        false => status::render_options(&list),
+    })
 }
 
 fn tell(request: Request) -> anyhow::Result<()> {
@@ -136,10 +169,13 @@ fn nodes(container: Option<&str>) -> anyhow::Result<Vec<ContainerStatus>> {
 
 fn status(container: Option<&str>, json: bool) -> anyhow::Result<()> {
     let list = nodes(container)?;
-    let text = match json {
+    print(&match json {
         true => serde_json::to_string_pretty(&list)? + "\n",
         false => status::render(&list),
-    };
+    })
+}
+
+fn print(text: &str) -> anyhow::Result<()> {
     match io::stdout().write_all(text.as_bytes()) {
         // The reader has seen enough, as with `| head`.
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),

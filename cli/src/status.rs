@@ -3,7 +3,7 @@
 use std::fmt::{Display, Write};
 
 use tailnode_node::{Login, PeerPath, PeerStatus, RouteStatus, Status};
-use tailnode_plugin::api::ContainerStatus;
+use tailnode_plugin::api::{ContainerStatus, Explained};
 
 /// A table of the containers, each with a table of its peers below it.
 pub fn render(containers: &[ContainerStatus]) -> String {
@@ -47,6 +47,31 @@ pub fn render(containers: &[ContainerStatus]) -> String {
         let peers: Vec<_> = status.node.peers.iter().map(peer).collect();
         for line in align(&peers) {
             text += &format!("  {line}\n");
+        }
+    }
+    text
+}
+
+/// A table of each container's options on each network.
+pub fn render_options(containers: &[Explained]) -> String {
+    let mut text = String::new();
+    for explained in containers {
+        if !text.is_empty() {
+            text.push('\n');
+        }
+        let (container, network) = (&explained.container, &explained.network);
+        let title = format!("{container} ({}) on {network}", explained.engine);
+        text += &format!("{}\n", printable(&title));
+        let mut rows = vec![["OPTION", "VALUE", "FROM"].map(String::from).to_vec()];
+        rows.extend(explained.options.iter().map(|told| {
+            let from = match &told.locked_by {
+                Some(who) => format!("{}; locked by {who}", told.origin),
+                None => told.origin.clone(),
+            };
+            vec![told.key.clone(), told.value.clone(), from]
+        }));
+        for line in align(&rows) {
+            text += &format!("{line}\n");
         }
     }
     text
@@ -207,9 +232,36 @@ pub fn printable(text: &str) -> String {
 
 #[cfg(test)]
 mod tests {
-    use tailnode_plugin::api::Engine;
+    use tailnode_plugin::{api::Engine, options::Told};
 
     use super::*;
+
+    #[test]
+    fn options_with_who_set_them() {
+        let told = |key: &str, value: &str, origin: &str, locked_by: Option<&str>| Told {
+            key: key.into(),
+            value: value.into(),
+            origin: origin.into(),
+            locked_by: locked_by.map(String::from),
+        };
+        let explained = |network: &str| Explained {
+            container: "ann".into(),
+            container_id: "ae48c7267541".into(),
+            engine: Engine::Podman,
+            network: network.into(),
+            options: vec![
+                told("hostname", "web", "label tailscale.hostname", None),
+                told("tags", "tag:\u{1b}a", "network tn", Some("network tn")),
+            ],
+        };
+        let table = "OPTION    VALUE   FROM\n\
+                     hostname  web     label tailscale.hostname\n\
+                     tags      tag:\u{fffd}a  network tn; locked by network tn\n";
+        assert_eq!(
+            render_options(&[explained("tn"), explained("lab")]),
+            format!("ann (podman) on tn\n{table}\nann (podman) on lab\n{table}")
+        );
+    }
 
     fn node(login: Login) -> Status {
         Status {

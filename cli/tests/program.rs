@@ -23,7 +23,12 @@ fn tailnode(arguments: &[&str]) -> (Option<i32>, String, String) {
 
 #[test]
 fn without_the_daemon_it_says_what_to_start() {
-    for arguments in [&["status"][..], &["status", "--json"], &["status", "web"]] {
+    for arguments in [
+        &["status"][..],
+        &["status", "--json"],
+        &["status", "web"],
+        &["explain", "web"],
+    ] {
         let (status, output, error) = tailnode(arguments);
         assert_eq!((status, &*output), (Some(1), ""), "{arguments:?}");
         for words in ["tailnode: ", "/nowhere/tailnoded.sock", "systemctl start"] {
@@ -43,6 +48,12 @@ fn version_and_help_need_no_daemon_and_wrong_usage_is_2() {
     let (status, output, _) = tailnode(&["status", "--help"]);
     assert_eq!(status, Some(0));
     assert!(output.contains("Exit status"), "{output}");
+    for arguments in [&["options"][..], &["options", "--man"]] {
+        let (status, output, _) = tailnode(arguments);
+        assert_eq!(status, Some(0));
+        let output = output.replace("\\-", "-");
+        assert!(output.contains("exit-node-allow-lan-access"), "{output}");
+    }
     for arguments in [&[][..], &["statsu"], &["status", "--jsn"]] {
         let (status, _, error) = tailnode(arguments);
         assert_eq!(status, Some(2), "{arguments:?}: {error}");

@@ -2,6 +2,7 @@
 //! surface it is given.
 
 mod layer;
+pub mod manual;
 mod table;
 mod values;
 mod words;

@@ -96,7 +96,7 @@ pub const TABLE: &[Entry] = &[
         value: Value::Word("WHERE"),
         help: "where the key is that new nodes join with: file:/PATH, credential:NAME (of \
                systemd's) or secret:NAME (of Podman's)",
-        default: "that of `tailnode login NETWORK`",
+        default: "that of tailnode login NETWORK",
         surfaces: OWNERS,
         elsewhere: "it belongs to the network, and never inline, where `inspect` shows it: give \
                     the key to `tailnode login NETWORK`, which asks for it, or put it into a file \
