@@ -80,14 +80,17 @@ pub enum Error {
     },
     /// The keys cannot be read.
     #[error(
-        "{} is damaged ({source}): restore it from a backup, or remove it to join as a new node",
+        "{} is damaged (line {line}, column {column}): restore it from a backup, or remove it to \
+         join as a new node",
         path.display()
     )]
     DamagedKeys {
         /// The file.
         path: PathBuf,
-        /// Where it is wrong.
-        source: serde_json::Error,
+        /// Where it is wrong. What is there is not told: it may be a key.
+        line: usize,
+        /// Where in the line.
+        column: usize,
     },
     /// A later release wrote the keys.
     #[error("{} was written by a newer release (format {version}): upgrade tailnode", path.display())]
@@ -204,7 +207,10 @@ impl Store {
         let file: KeysFile = match parse(&text) {
             Ok(file) => file,
             Err(Unreadable::TooNew(version)) => return Err(Error::TooNew { path, version }),
-            Err(Unreadable::Damaged(source)) => return Err(Error::DamagedKeys { path, source }),
+            Err(Unreadable::Damaged(error)) => {
+                let (line, column) = (error.line(), error.column());
+                return Err(Error::DamagedKeys { path, line, column });
+            }
         };
         if file.login_server != self.login_server.as_str() {
             return Err(Error::OtherServer {
