@@ -81,7 +81,12 @@ enum Command {
         #[arg(long, value_name = "CONTAINER", num_args = 0..=1)]
         wait: Option<Option<String>>,
         /// For how many seconds at most; else for as long as it takes.
-        #[arg(long, value_name = "SECONDS", requires = "wait")]
+        #[arg(
+            long,
+            value_name = "SECONDS",
+            requires = "wait",
+            conflicts_with = "network"
+        )]
         timeout: Option<u64>,
     },
     /// Show what is set for a container's nodes, and who set it.
