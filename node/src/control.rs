@@ -446,7 +446,7 @@ impl Session {
                         )))
                     })
             };
-            let answer = match answer {
+            let mut answer = match answer {
                 Ok(answer) => answer,
                 Err(failure) => {
                     // The page may be visited while we are away, and then names these keys.
@@ -454,6 +454,9 @@ impl Session {
                     return Err(failure);
                 }
             };
+            if let Some(key) = &key {
+                answer.error = key.hidden_in(&answer.error);
+            }
             // Good for one answer.
             self.minted = None;
             match registration.answer(answer) {
@@ -794,13 +797,9 @@ impl Session {
     }
 
     async fn report(&mut self, mut login: Login) -> Result<(), Failure> {
-        // A server may repeat in its words what it was told, and these go to logs and terminals.
-        if let Some(key) = &self.config.auth_key
-            && let Login::NeedsLogin { reason: words, .. }
-            | Login::Offline { error: words }
-            | Login::Refused { error: words } = &mut login
-        {
-            *words = key.secret().hidden_in(words);
+        let keys = self.config.auth_key.iter().map(AuthKey::secret);
+        for key in keys.chain(&self.minted) {
+            hide(key, &mut login);
         }
         if self.login == login {
             return Ok(());
@@ -811,6 +810,21 @@ impl Session {
 
     async fn tell(&self, event: Event) -> Result<(), Failure> {
         self.events.send(event).await.map_err(|_| Failure::Unheard)
+    }
+}
+
+/// Takes a secret out of a server's words, which may repeat what it was told and go to logs and
+/// terminals.
+fn hide(secret: &Secret, login: &mut Login) {
+    match login {
+        Login::NeedsLogin { reason: words, .. }
+        | Login::Offline { error: words }
+        | Login::Refused { error: words } => *words = secret.hidden_in(words),
+        Login::Starting
+        | Login::NeedsApproval
+        | Login::Running
+        | Login::Expired
+        | Login::Stopped => {}
     }
 }
 
@@ -1505,6 +1519,23 @@ mod tests {
         // A handle that cannot log out says so and lets go.
         let told = client.handle.logout(Duration::from_secs(1)).await;
         told.unwrap_err();
+    }
+
+    #[test]
+    fn a_server_that_repeats_the_key_does_not_show_it() {
+        let words = || "no key tskey-auth-QQQQ".to_owned();
+        for mut login in [
+            Login::NeedsLogin {
+                url: "https://a".into(),
+                reason: words(),
+            },
+            Login::Offline { error: words() },
+            Login::Refused { error: words() },
+        ] {
+            hide(&Secret::new("tskey-auth-QQQQ"), &mut login);
+            let shown = format!("{login:?}");
+            assert!(shown.contains("no key [redacted]"), "{shown}");
+        }
     }
 
     #[test]
