@@ -1,4 +1,4 @@
-//! `tailnode`: what the nodes of this host's containers are doing.
+//! `tailnode`: what the nodes of this host's containers are doing, and why.
 
 mod login;
 mod status;

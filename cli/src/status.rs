@@ -1,4 +1,4 @@
-//! The status as text.
+//! What the daemon tells, as text.
 
 use std::fmt::{Display, Write};
 

@@ -21,6 +21,7 @@ use contract::{API_VERSION, Attachment, NewNetwork, StatusBlock};
 use serde::{Serialize, de::DeserializeOwned};
 use serde_json::json;
 use tailnode_plugin::{
+    Error,
     api::{self, Request, Response},
     options::Layer,
 };
@@ -32,6 +33,7 @@ const DEVICE_PREFIX: &str = "tailscale";
 /// the daemon answers an attach within 8 s, with an error if it must. The engine's other starts
 /// wait for this one, so 10 s is all that a start may take.
 const ATTACH_TIMEOUT: Duration = Duration::from_millis(8_600);
+const CREATE_TIMEOUT: Duration = Duration::from_secs(2);
 const DETACH_TIMEOUT: Duration = Duration::from_secs(6);
 const CLEAN_UP_TIMEOUT: Duration = Duration::from_millis(500);
 
@@ -67,8 +69,8 @@ fn main() -> ExitCode {
     ExitCode::FAILURE
 }
 
-/// `podman network create -d tailscale`: refuses what no container could use later. It asks nobody,
-/// so a network can be created while the daemon is down.
+/// `podman network create -d tailscale`: refuses what no container could use later, as far as that
+/// can be told: a network can be created while the daemon is down.
 fn create(network: NewNetwork) -> Result<NewNetwork, String> {
     let in_network = |message: String| format!("network {}: {message}", network.name());
     if let Some(refusal) = network.refusal() {
@@ -78,6 +80,15 @@ fn create(network: NewNetwork) -> Result<NewNetwork, String> {
         .options()
         .map_err(|error| in_network(format!("options: {error}")))?;
     Layer::of_network(network.name(), &options).map_err(|error| in_network(error.to_string()))?;
+    let request = Request::Allows {
+        network_name: network.name().to_owned(),
+        network_options: options,
+    };
+    if let Err(Error::Daemon { message }) =
+        api::call(&api::socket_path(), &request, None, CREATE_TIMEOUT)
+    {
+        return Err(in_network(message));
+    }
     Ok(network.without_addresses())
 }
 

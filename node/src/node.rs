@@ -91,6 +91,8 @@ pub struct Config {
     pub routes: Preferences,
     /// Ask to be forgotten when gone.
     pub ephemeral: bool,
+    /// Whether the container looks names up in the tailnet, whichever server it asks.
+    pub accept_dns: bool,
     /// Suffixes of names that another resolver of the container knows: not asked of the host's.
     pub names_elsewhere: Vec<String>,
     /// A non-blocking TUN device with `IFF_NO_PI` and `IFF_VNET_HDR`, in any namespace.
@@ -316,6 +318,7 @@ impl Node {
         let relays = derp::Relays::new(keys.node.clone(), tls.clone(), plain_http, incoming_tx);
         let mut router = Router::new(&keys);
         router.prefer(config.routes.clone());
+        router.take_queries(config.accept_dns);
         let own_key = router.key();
         let session = control::spawn(
             control::Config {
@@ -1415,6 +1418,7 @@ mod tests {
             tags: Vec::new(),
             routes: Preferences::default(),
             ephemeral: true,
+            accept_dns: true,
             names_elsewhere: Vec::new(),
             tun,
             offload: Offload::All,

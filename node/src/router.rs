@@ -245,6 +245,7 @@ pub struct Router {
     by_disco: HashMap<DiscoPublicKey, usize>,
     routes: ts_bart::Table<usize>,
     preferences: Preferences,
+    takes_queries: bool,
     filter: Filter,
     /// Who began a handshake before the map named it.
     callers: VecDeque<(NodePublicKey, Instant)>,
@@ -324,6 +325,7 @@ impl Router {
             by_disco: HashMap::new(),
             routes: ts_bart::Table::default(),
             preferences: Preferences::default(),
+            takes_queries: true,
             filter: Filter::default(),
             callers: VecDeque::new(),
             endpoints: Vec::new(),
@@ -338,6 +340,12 @@ impl Router {
     /// Says which routes to take and to offer; to be called before the first map.
     pub fn prefer(&mut self, preferences: Preferences) {
         self.preferences = preferences;
+    }
+
+    /// Whether the resolver answers what the container asks of servers that are no peers, as it does
+    /// at first. What is asked of its own address it always does.
+    pub fn take_queries(&mut self, take: bool) {
+        self.takes_queries = take;
     }
 
     /// Takes over what `changes` names from the map. Returns whether other addresses lead to peers now.
@@ -434,7 +442,9 @@ impl Router {
         // Port 53 of a server that is no peer's is a query that the engine's own resolver sent on.
         if packet.dst() == SERVICE_V4
             || packet.dst() == SERVICE_V6
-            || is_query(packet) && slot.is_none_or(|slot| self.leads_out(slot, packet.dst()))
+            || self.takes_queries
+                && is_query(packet)
+                && slot.is_none_or(|slot| self.leads_out(slot, packet.dst()))
         {
             return Taken::ForResolver;
         }
@@ -1699,6 +1709,14 @@ mod tests {
         assert_eq!(taken(named(), "192.0.2.1:80"), Taken::ForPeer(0));
         assert_eq!(taken(named(), "192.0.2.1:53"), Taken::ForResolver);
         assert_eq!(taken(named(), "100.64.0.1:53"), Taken::ForPeer(0));
+        world.hosts[1].router.take_queries(false);
+        let mut taken = |to: &str| {
+            let packet = packet::udp(SocketAddr::new(us, 5000), to.parse().unwrap(), b"").unwrap();
+            let packet = Packet::parse(&packet).unwrap();
+            world.hosts[1].router.outbound(&packet, world.now)
+        };
+        assert_eq!(taken("192.0.2.1:53"), Taken::ForPeer(0));
+        assert_eq!(taken("100.100.100.100:53"), Taken::ForResolver);
         // The resolver's own questions leave by the exit.
         let router = &mut world.hosts[1].router;
         let server = "192.0.2.1:53".parse().unwrap();

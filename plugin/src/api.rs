@@ -65,6 +65,13 @@ pub enum Request {
         /// Those of this container on it.
         endpoint_options: BTreeMap<String, String>,
     },
+    /// Whether a network may have these options under the host's configuration: `Ok`, or why not.
+    Allows {
+        /// Its name.
+        network_name: String,
+        /// Its options.
+        network_options: BTreeMap<String, String>,
+    },
     /// Stop the container's node on this network; harmless if it has none.
     Detach {
         /// As it was attached.

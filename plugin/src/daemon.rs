@@ -258,6 +258,14 @@ impl Shims {
                     }
                 }
             }
+            Request::Allows {
+                network_name,
+                network_options,
+            } => {
+                let of_network = Layer::of_network(&network_name, &network_options)?;
+                self.endpoints.allows(&of_network)?;
+                Ok(Response::Ok)
+            }
             Request::Detach {
                 container_id,
                 network_id,
@@ -410,8 +418,11 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let (listener, file) = listen(directory.path().join("s.sock")).await.unwrap();
         let nodes = directory.path().join("nodes");
+        let config = directory.path().join("config.toml");
+        fs::write(&config, "lock = 'exit-node'").unwrap();
+        let defaults = Layer::of_file(&config).unwrap();
         let secrets = Secrets::new(directory.path().join("keys"), None, "/nonexistent".into());
-        let endpoints = Endpoints::new(nodes, Layer::default(), secrets, Offload::All.into());
+        let endpoints = Endpoints::new(nodes, defaults, secrets, Offload::All.into());
         let endpoints = Arc::new(endpoints.unwrap());
         let podman_db = directory.path().join("db.sql");
         let server = tokio::spawn(
@@ -456,6 +467,11 @@ mod tests {
                 network_id: "y".into(),
             };
             assert_eq!(call(detach, None).unwrap(), Response::Ok);
+            let explain = Request::Explain {
+                container: "x".into(),
+            };
+            let error = call(explain, None).unwrap_err().to_string();
+            assert!(error.contains("no container called x"), "{error}");
             assert_eq!(
                 call(Request::Status, None).unwrap(),
                 Response::Status(Vec::new())
@@ -491,6 +507,24 @@ mod tests {
             assert!(none.contains("no auth key is kept"), "{none}");
             call(login(Some("tskey-auth-QQQQ")), None).unwrap();
             assert_eq!(call(login(None), None).unwrap(), Response::Ok);
+        })
+        .await;
+    }
+
+    #[tokio::test]
+    async fn a_network_is_looked_at_before_it_is_made() {
+        with_daemon(|call| {
+            let allows = |key: &str, value: &str| {
+                let request = Request::Allows {
+                    network_name: "tailnet".into(),
+                    network_options: options(key, value),
+                };
+                call(request, None)
+            };
+            assert_eq!(allows("tags", "tag:web").unwrap(), Response::Ok);
+            // The daemon's file, which `with_daemon` gives it, locks this.
+            let error = allows("exit-node", "gw").unwrap_err().to_string();
+            assert!(error.contains("config.toml locks it. Root may"), "{error}");
         })
         .await;
     }

@@ -357,6 +357,7 @@ impl Endpoints {
             tags: options.tags,
             routes: routes.clone(),
             ephemeral,
+            accept_dns: accepts_dns,
             names_elsewhere,
             offload: self.offload,
             neighbours: self.neighbours.clone(),
