@@ -147,6 +147,10 @@ impl Layer {
         let mut pairs = BTreeMap::new();
         for (key, value) in table {
             let value = text_of(&key, &value).ok_or_else(|| {
+                if is_key(&key) {
+                    let place = Origin::File(path.to_owned()).place();
+                    return bad(Error::KeyForOption { place }.to_string());
+                }
                 bad(format!(
                     "`{key}` must be a text, true or false, or for an option of several values a \
                      list of texts"

@@ -281,6 +281,25 @@ fn a_key_in_any_place_is_refused_and_not_repeated() {
             }
         }
     }
+    for text in [
+        "auth-key = tskey-auth-QQQQ",
+        "auth-key = 'tskey-auth-QQQQ",
+        "tskey-auth-QQQQ",
+        "tskey-auth-QQQQ = 1",
+        "tskey-auth-QQQQ = 'a'\ntskey-auth-QQQQ = 'b'",
+        "[tskey-auth-QQQQ]",
+        "[tskey-auth-QQQQ]\n[tskey-auth-QQQQ]",
+        "auth-key = ['tskey-auth-QQQQ']",
+        "auth-key = { tskey-auth-QQQQ = 1 }",
+        "ephemeral = [true, 'tskey-auth-QQQQ']",
+        "tags = \"tskey-auth-QQQQ\\x\"",
+    ] {
+        let error = file(text).unwrap_err();
+        assert!(
+            !format!("{error} {error:?}").contains("QQQQ"),
+            "{text}: {error:?}"
+        );
+    }
     for key in ["auth-key", "hostname", "tskey-auth-QQQQ"] {
         let error = network(&[(key, "tskey-auth-QQQQ")]).unwrap_err();
         assert!(
