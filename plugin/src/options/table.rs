@@ -103,8 +103,8 @@ pub const TABLE: &[Entry] = &[
                     with `install -m 600 /dev/stdin /etc/tailnode/auth.key`, then \
                     `network create -d tailscale -o auth-key=file:/etc/tailnode/auth.key`, or say \
                     so in /etc/tailnode/config.toml",
-        variables: &["TS_AUTHKEY", "TS_AUTH_KEY"],
-        flags: &["authkey"],
+        variables: &["TS_AUTHKEY", "TS_AUTH_KEY", "TS_CLIENT_SECRET"],
+        flags: &["authkey", "client-secret"],
         examples: ["file:/etc/tailnode/auth.key", "credential:tailnet"],
         read: |options, value| {
             options.auth_key = Some(values::auth_key(value)?);
@@ -288,6 +288,8 @@ const MISSING: &[(&str, &str)] = &[
         "forward traffic to a node of the tailnet",
     ),
     ("TS_CLIENT_ID", "exchange identity tokens for auth keys"),
+    ("client-id", "exchange identity tokens for auth keys"),
+    ("id-token", "exchange identity tokens for auth keys"),
     ("TS_ID_TOKEN", "exchange identity tokens for auth keys"),
     (
         "shields-up",

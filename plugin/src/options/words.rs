@@ -6,6 +6,9 @@ use super::table::{self, NEEDLESS_FLAGS, TABLE, Value};
 /// The variable that holds flags of `tailscale up`.
 pub(super) const FLAGS: &str = "TS_EXTRA_ARGS";
 
+/// The flag that asks for something by being false.
+const MASQUERADE: &str = "snat-subnet-routes";
+
 /// An option, as some word of Tailscale's sets it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Word {
@@ -39,7 +42,11 @@ fn of_flags(text: &str) -> Vec<Word> {
     let mut words = Vec::new();
     let mut arguments = text.split_whitespace().peekable();
     while let Some(argument) = arguments.next() {
-        let flag = argument.trim_start_matches('-');
+        // It is not repeated: it may be a secret that lost its flag.
+        let flag = match argument.trim_start_matches('-') {
+            flag if flag == argument => "a word that is no flag",
+            flag => flag,
+        };
         let (flag, given) = match flag.split_once('=') {
             Some((flag, value)) => (flag, Some(value)),
             None => (flag, None),
@@ -62,8 +69,8 @@ fn of_flags(text: &str) -> Vec<Word> {
         };
         match entry {
             Some(entry) => words.push(word(entry.key, entry.value, value)),
-            // `--ssh=false` asks for nothing.
-            None if needless.is_some() || is_false(value) => {}
+            // `--ssh=false` asks for nothing, nor does what is so anyway.
+            None if needless.is_some() || is_false(value) != (flag == MASQUERADE) => {}
             None => words.push(Word {
                 key: flag.to_owned(),
                 value: value.to_owned(),
@@ -136,6 +143,17 @@ mod tests {
                 "TS_EXTRA_ARGS",
                 "--ssh --frob=1",
                 &[("ssh", "true"), ("frob", "1")],
+            ),
+            (
+                "TS_EXTRA_ARGS",
+                "--reset secret --client-secret abc",
+                &[("a word that is no flag", "true"), ("auth-key", "abc")],
+            ),
+            ("TS_EXTRA_ARGS", "--snat-subnet-routes", &[]),
+            (
+                "TS_EXTRA_ARGS",
+                "--snat-subnet-routes=false",
+                &[("snat-subnet-routes", "false")],
             ),
             ("TS_EXTRA_ARGS", "--exit-node", &[("exit-node", "")]),
         ] {
