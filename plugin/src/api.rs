@@ -24,6 +24,7 @@ use rustix::net::{
     socket_with,
 };
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use tailnode_node::Secret;
 use tailnode_tun::Interface;
 
 use crate::{Error, options::Told};
@@ -80,6 +81,14 @@ pub enum Request {
     },
     /// All containers with a node.
     Status,
+    /// Keep an auth key for the nodes that join this network from now on; `None`: forget it.
+    Login {
+        /// The network's name.
+        network: String,
+        /// The key.
+        #[serde(with = "exposed")]
+        key: Option<Secret>,
+    },
     /// What holds for a container on each of its networks, and who set it. Answered with
     /// [`Response::Explained`].
     Explain {
@@ -117,6 +126,26 @@ pub enum Request {
         /// The container's name, or the beginning of its id.
         container: String,
     },
+}
+
+/// A secret as it is written on the socket, which is root's alone, and nowhere else.
+mod exposed {
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+    use tailnode_node::Secret;
+
+    pub fn serialize<S: Serializer>(
+        secret: &Option<Secret>,
+        serializer: S,
+    ) -> Result<S::Ok, S::Error> {
+        secret.as_ref().map(Secret::expose).serialize(serializer)
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(
+        deserializer: D,
+    ) -> Result<Option<Secret>, D::Error> {
+        let text = Option::<String>::deserialize(deserializer)?;
+        Ok(text.map(Secret::new))
+    }
 }
 
 /// The daemon's answer.
@@ -329,8 +358,13 @@ pub(crate) fn receive<T: DeserializeOwned>(
             return Err(invalid("the message is longer than 1 MiB"));
         }
     }
-    let message = serde_json::from_slice(&line)
-        .map_err(|error| invalid(&format!("the message is not of this version: {error}")))?;
+    // The cause is not told in full: it would quote what it fails on, which may be a secret.
+    let message = serde_json::from_slice(&line).map_err(|error| {
+        invalid(&format!(
+            "the message is not of this version (from its {}. byte on)",
+            error.column()
+        ))
+    })?;
     Ok((message, device))
 }
 
@@ -385,6 +419,15 @@ mod tests {
             serde_json::to_string(&Request::Status).unwrap(),
             r#"{"op":"status"}"#
         );
+        let login = Request::Login {
+            network: "tn1".into(),
+            key: Some(Secret::new("tskey-auth-QQQQ")),
+        };
+        assert_eq!(
+            serde_json::to_string(&login).unwrap(),
+            r#"{"op":"login","network":"tn1","key":"tskey-auth-QQQQ"}"#
+        );
+        assert!(!format!("{login:?}").contains("QQQQ"));
         assert_eq!(
             serde_json::to_string(&Response::Ok).unwrap(),
             r#"{"result":"ok"}"#
@@ -445,6 +488,21 @@ mod tests {
         drop((device, writer, ours, theirs));
         // It ends when the last copy of its other end is closed.
         assert_eq!(reader.read_to_end(&mut Vec::new()).unwrap(), 0);
+    }
+
+    #[test]
+    fn what_cannot_be_read_is_not_repeated() {
+        for line in [
+            r#"{"op":"tskey-auth-QQQQ"}"#,
+            r#"{"op":"login","network":"a","key":["tskey-auth-QQQQ"]}"#,
+            r#"{"op":"attach","network_options":"tskey-auth-QQQQ"}"#,
+            "tskey-auth-QQQQ",
+        ] {
+            let (mut ours, theirs) = UnixStream::pair().unwrap();
+            ours.write_all(format!("{line}\n").as_bytes()).unwrap();
+            let error = receive::<Request>(&theirs, soon()).unwrap_err();
+            assert!(!format!("{error} {error:?}").contains("QQQQ"), "{error}");
+        }
     }
 
     #[test]

@@ -132,8 +132,15 @@ impl Device {
             Engine::Podman => {
                 let name = tailnode_tun::device_name(self.tun.as_fd())?;
                 match index_of(&name) {
-                    // The first has routes of its own only to subnets.
-                    Some(index) if index > 0 || self.accepts_routes => (index, &[100, 2000]),
+                    // The first has routes of its own only to subnets. One without an address may
+                    // have been let in meanwhile.
+                    Some(index)
+                        if index > 0
+                            || self.accepts_routes
+                            || reach.borrow().addresses.is_empty() =>
+                    {
+                        (index, &[100, 2000])
+                    }
                     Some(index) => (index, &[]),
                     None => return Ok(()),
                 }
