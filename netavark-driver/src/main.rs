@@ -22,7 +22,7 @@ use serde::{Serialize, de::DeserializeOwned};
 use serde_json::json;
 use tailnode_plugin::{
     Error,
-    api::{self, Request, Response},
+    api::{self, Asked, Request, Response},
     options::Layer,
 };
 use tailnode_tun::Netns;
@@ -106,25 +106,28 @@ fn attach(netns: &Path, attachment: &Attachment) -> Result<StatusBlock, String> 
     // after the container.
     let name = format!("tn{}", process::id());
     let tun = tailnode_tun::create(&name).map_err(|error| error.to_string())?;
-    let name =
-        tailnode_tun::move_into(&name, &netns, DEVICE_PREFIX).map_err(|error| error.to_string())?;
-    serve(tun.as_fd(), &netns, &name, attachment).inspect_err(|_| {
+    // The kernel takes its time to move a device; the daemon starts the node meanwhile.
+    let asked = ask(tun.as_fd(), attachment)?;
+    let moved = tailnode_tun::move_into(&name, &netns, DEVICE_PREFIX);
+    let served = match &moved {
+        Ok(name) => serve(asked, &netns, name),
+        Err(error) => Err(error.to_string()),
+    };
+    served.inspect_err(|_| {
         // An answer that came too late, or was of no use, may have left a node behind; and a daemon
         // that hangs keeps the device, so to close our descriptor may not be enough.
         let cleaning_up = |error: String| {
             eprintln!("tailscale: {}: cleaning up: {error}", subject(attachment));
         };
-        tailnode_tun::remove(&netns, &name).unwrap_or_else(|error| cleaning_up(error.to_string()));
+        if let Ok(name) = &moved {
+            tailnode_tun::remove(&netns, name)
+                .unwrap_or_else(|error| cleaning_up(error.to_string()));
+        }
         detach(attachment, CLEAN_UP_TIMEOUT).unwrap_or_else(cleaning_up);
     })
 }
 
-fn serve(
-    tun: BorrowedFd,
-    netns: &Netns,
-    device: &str,
-    attachment: &Attachment,
-) -> Result<StatusBlock, String> {
+fn ask(tun: BorrowedFd, attachment: &Attachment) -> Result<Asked, String> {
     let request = Request::Attach {
         container_id: attachment.container_id.clone(),
         container_name: attachment.container_name.clone(),
@@ -133,7 +136,12 @@ fn serve(
         network_options: attachment.network.options.clone(),
         endpoint_options: attachment.network_options.options.clone(),
     };
-    let response = call(&request, Some(tun), ATTACH_TIMEOUT)?;
+    let asked = api::ask(&api::socket_path(), &request, Some(tun), ATTACH_TIMEOUT);
+    asked.map_err(|error| error.to_string())
+}
+
+fn serve(asked: Asked, netns: &Netns, device: &str) -> Result<StatusBlock, String> {
+    let response = asked.answer().map_err(|error| error.to_string())?;
     let Response::Attached {
         interface,
         dns_servers,

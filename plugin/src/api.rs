@@ -48,7 +48,8 @@ pub fn socket_path() -> PathBuf {
 #[serde(tag = "op", rename_all = "kebab-case")]
 pub enum Request {
     /// Give the device of Podman's container, which comes along, a node. Answered with
-    /// [`Response::Attached`] when the node has its addresses. To ask again for the same device
+    /// [`Response::Attached`] when the node has its addresses and the device is in the container,
+    /// where the client takes it meanwhile. To ask again for the same device
     /// is harmless; for another device, the earlier node is stopped first. A client that is gone
     /// when the answer comes did not set the device up: its node is stopped.
     Attach {
@@ -245,7 +246,58 @@ pub fn call(
     device: Option<BorrowedFd>,
     timeout: Duration,
 ) -> Result<Response, Error> {
-    let unanswered = |cause: io::Error| Error::Unanswered {
+    ask(socket, request, device, timeout)?.answer()
+}
+
+/// Asks the daemon at `socket`, whose answer is to be there within `timeout`. Blocks for a moment.
+pub fn ask(
+    socket: &Path,
+    request: &Request,
+    device: Option<BorrowedFd>,
+    timeout: Duration,
+) -> Result<Asked, Error> {
+    let stream = connect(socket, timeout).map_err(|cause| match cause.kind() {
+        io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => Error::NotRunning {
+            socket: socket.to_owned(),
+        },
+        io::ErrorKind::PermissionDenied => Error::Denied {
+            socket: socket.to_owned(),
+        },
+        _ => unanswered(socket, timeout, cause),
+    })?;
+    let asked = Asked {
+        stream,
+        socket: socket.to_owned(),
+        timeout,
+        deadline: Instant::now() + timeout,
+    };
+    send(&asked.stream, request, device, asked.deadline)
+        .map_err(|cause| unanswered(socket, timeout, cause))?;
+    Ok(asked)
+}
+
+/// A request that the daemon is at. To drop it is to leave before the answer.
+#[derive(Debug)]
+pub struct Asked {
+    stream: UnixStream,
+    socket: PathBuf,
+    timeout: Duration,
+    deadline: Instant,
+}
+
+impl Asked {
+    /// Waits for the answer. Blocks.
+    pub fn answer(self) -> Result<Response, Error> {
+        let received = receive(&self.stream, self.deadline);
+        match received.map_err(|cause| unanswered(&self.socket, self.timeout, cause))? {
+            (Response::Error { message }, _) => Err(Error::Daemon { message }),
+            (response, _) => Ok(response),
+        }
+    }
+}
+
+fn unanswered(socket: &Path, timeout: Duration, cause: io::Error) -> Error {
+    Error::Unanswered {
         socket: socket.to_owned(),
         cause: match cause.kind() {
             // What the kernel calls a timeout.
@@ -254,22 +306,6 @@ pub fn call(
             }
             _ => cause,
         },
-    };
-    let stream = connect(socket, timeout).map_err(|cause| match cause.kind() {
-        io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => Error::NotRunning {
-            socket: socket.to_owned(),
-        },
-        io::ErrorKind::PermissionDenied => Error::Denied {
-            socket: socket.to_owned(),
-        },
-        _ => unanswered(cause),
-    })?;
-    let deadline = Instant::now() + timeout;
-    send(&stream, request, device, deadline).map_err(unanswered)?;
-    let (response, _) = receive(&stream, deadline).map_err(unanswered)?;
-    match response {
-        Response::Error { message } => Err(Error::Daemon { message }),
-        response => Ok(response),
     }
 }
 

@@ -69,7 +69,7 @@ pub(crate) struct Guest {
 
 /// The device that its node serves.
 pub(crate) enum Tun {
-    /// In the container already.
+    /// In the container already, or on its way there.
     Given(OwnedFd),
     /// To be made here under this name; the engine moves it.
     Make(String),
@@ -510,6 +510,12 @@ impl Endpoints {
             }
             Err(error) => return Err(error.into()),
         };
+        let tun = endpoint.held().tun.clone();
+        if guest.key.engine == Engine::Podman
+            && let Some(tun) = tun
+        {
+            self.device(endpoint, tun).moved(deadline).await?;
+        }
         self.introduce(guest.key.engine, &guest.container_id).await;
         if let Some(address) = guest.address
             && !mem::replace(&mut endpoint.held().joined, true)

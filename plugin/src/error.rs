@@ -266,6 +266,13 @@ pub enum Error {
         cause: tailnode_node::Error,
     },
 
+    /// The shim's device is not where it belongs.
+    #[error(
+        "the container's device was not put into its network namespace in time: start the container \
+         again, and see what the engine says"
+    )]
+    DeviceNotMoved,
+
     /// The node could not start or did not get ready.
     #[error(transparent)]
     Node(#[from] tailnode_node::Error),

@@ -190,6 +190,21 @@ impl Device {
         Ok(())
     }
 
+    /// Waits until the shim has taken the device into the container: it tells of it first, because to
+    /// move a device takes a kernel as long as a node takes to start.
+    pub(crate) async fn moved(&self, deadline: Instant) -> Result<(), Error> {
+        loop {
+            let place = self.place().await?;
+            if place.is_some_and(|(_, name)| index_of(&name).is_some()) {
+                return Ok(());
+            }
+            if Instant::now() >= deadline {
+                return Err(Error::DeviceNotMoved);
+            }
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    }
+
     /// Waits until Docker has moved the device into its container, renamed it, given it Docker's
     /// address and, last of all, brought it up. It does so right after its request to join is
     /// answered, and tells nobody. It must find no route of ours when it comes to the address: it
