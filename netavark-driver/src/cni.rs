@@ -140,10 +140,11 @@ fn collect(network: Network, owned: Vec<Place>) -> Result<(), Failure> {
         network_name: network.name,
         owned: owned.map(|it| (it.container_id, it.network_id)).collect(),
     };
-    match device::call(&request, None, COLLECT_TIMEOUT) {
-        // Without the daemon there are no nodes.
-        Ok(Response::Ok) | Err(Error::NotRunning { .. }) => Ok(()),
+    match device::call(&request, COLLECT_TIMEOUT) {
+        Ok(Response::Ok) => Ok(()),
         Ok(_) => Err(device::other_version().into()),
+        // Without the daemon there are no nodes.
+        Err(error) if matches!(*error, Error::NotRunning { .. }) => Ok(()),
         Err(error) => Err(error.into()),
     }
 }
@@ -154,7 +155,7 @@ fn status(network: Network) -> Result<(), Failure> {
         network_name: network.name,
         network_options: network.options,
     };
-    match device::call(&request, None, QUESTION_TIMEOUT) {
+    match device::call(&request, QUESTION_TIMEOUT) {
         Ok(Response::Ok) => Ok(()),
         Ok(_) => Err(Failure::from(device::other_version()).with(Code::Unavailable)),
         Err(error) => Err(Failure::from(error).with(Code::Unavailable)),
@@ -167,7 +168,7 @@ fn served(place: &Place) -> Result<Option<Served>, Failure> {
         container_id: place.container_id.clone(),
         network_id: place.network_id.clone(),
     };
-    match device::call(&request, None, QUESTION_TIMEOUT)? {
+    match device::call(&request, QUESTION_TIMEOUT)? {
         Response::Served(served) => Ok(served),
         _ => Err(device::other_version().into()),
     }

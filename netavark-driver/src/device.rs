@@ -1,15 +1,10 @@
 //! A container's device: made, taken into its namespace, and served by the daemon.
 
-use std::{
-    net::IpAddr,
-    os::fd::{AsFd, BorrowedFd},
-    process,
-    time::Duration,
-};
+use std::{net::IpAddr, os::fd::AsFd, process, time::Duration};
 
 use tailnode_plugin::{
     Error,
-    api::{self, Engine, Request, Response},
+    api::{self, Asked, Engine, Request, Response},
 };
 use tailnode_tun::{Interface, Netns};
 
@@ -53,53 +48,59 @@ pub fn attach(
     name: &Name,
     place: &Place,
     request: &Request,
-) -> Result<Attached, Error> {
+) -> Result<Attached, Box<Error>> {
     // Made here and moved, never made inside: a device made inside would keep the namespace alive
     // after the container.
     let made = format!("tn{}", process::id());
-    let tun = tailnode_tun::create(&made)?;
-    let device = match name {
-        Name::Numbered => tailnode_tun::move_into(&made, netns, "tailscale")?,
+    let tun = tailnode_tun::create(&made).map_err(failed)?;
+    // The kernel takes its time to move a device; the daemon starts the node meanwhile.
+    let asked = api::ask(
+        &api::socket_path(),
+        request,
+        Some(tun.as_fd()),
+        ATTACH_TIMEOUT,
+    )?;
+    let moved = match name {
+        Name::Numbered => tailnode_tun::move_into(&made, netns, "tailscale"),
         Name::Exactly(name) => {
-            tailnode_tun::move_as(&made, netns, name)?;
-            (*name).to_owned()
+            tailnode_tun::move_as(&made, netns, name).map(|()| (*name).to_owned())
         }
     };
-    serve(tun.as_fd(), netns, device.clone(), request).inspect_err(|_| {
+    let device = moved.as_ref().unwrap_or(&made).clone();
+    let served = match moved {
+        Ok(device) => serve(asked, netns, device),
+        Err(error) => Err(failed(error)),
+    };
+    served.inspect_err(|_| {
         // An answer that came too late, or was of no use, may have left a node behind; and a daemon
         // that hangs keeps the device, so to close our descriptor may not be enough.
-        let cleaning_up = |error: Error| {
+        let cleaning_up = |error: Box<Error>| {
             eprintln!(
                 "tailscale: container {}: cleaning up: {error}",
                 place.container_id
             );
         };
-        tailnode_tun::remove(netns, &device).unwrap_or_else(|error| cleaning_up(error.into()));
+        tailnode_tun::remove(netns, &device).unwrap_or_else(|error| cleaning_up(failed(error)));
         end(place, CLEAN_UP_TIMEOUT).unwrap_or_else(cleaning_up);
     })
 }
 
-fn serve(
-    tun: BorrowedFd,
-    netns: &Netns,
-    device: String,
-    request: &Request,
-) -> Result<Attached, Error> {
+fn serve(asked: Asked, netns: &Netns, device: String) -> Result<Attached, Box<Error>> {
     let Response::Attached {
         interface,
         dns_servers,
         search_domains,
-    } = call(request, Some(tun), ATTACH_TIMEOUT)?
+    } = asked.answer()?
     else {
         return Err(other_version());
     };
     if let Err(error) = tailnode_tun::configure(netns, &device, &interface) {
         return Err(
             match tailnode_tun::release(netns, &device, interface.index) {
-                Ok(()) => error.into(),
-                Err(also) => Error::Daemon {
+                Ok(()) => failed(error),
+                Err(also) => Box::new(Error::Daemon {
                     message: format!("{error}; and cleaning up: {also}"),
-                },
+                }),
             },
         );
     }
@@ -112,34 +113,34 @@ fn serve(
 }
 
 /// Has the daemon stop the node at `place`, if there is one.
-pub fn detach(place: &Place) -> Result<(), Error> {
+pub fn detach(place: &Place) -> Result<(), Box<Error>> {
     end(place, DETACH_TIMEOUT)
 }
 
-fn end(place: &Place, timeout: Duration) -> Result<(), Error> {
+fn end(place: &Place, timeout: Duration) -> Result<(), Box<Error>> {
     let request = Request::Detach {
         engine: place.engine,
         container_id: place.container_id.clone(),
         network_id: place.network_id.clone(),
     };
-    match call(&request, None, timeout)? {
+    match call(&request, timeout)? {
         Response::Ok => Ok(()),
         _ => Err(other_version()),
     }
 }
 
 /// Asks the daemon.
-pub fn call(
-    request: &Request,
-    fd: Option<BorrowedFd>,
-    timeout: Duration,
-) -> Result<Response, Error> {
-    api::call(&api::socket_path(), request, fd, timeout)
+pub fn call(request: &Request, timeout: Duration) -> Result<Response, Box<Error>> {
+    Ok(api::call(&api::socket_path(), request, None, timeout)?)
 }
 
 /// For an answer to another question than was asked.
-pub fn other_version() -> Error {
-    Error::Daemon {
+pub fn other_version() -> Box<Error> {
+    Box::new(Error::Daemon {
         message: OTHER_VERSION.into(),
-    }
+    })
+}
+
+fn failed(error: tailnode_tun::Error) -> Box<Error> {
+    Box::new(error.into())
 }

@@ -91,9 +91,9 @@ impl Failure {
 }
 
 /// What did not work for one container, told by the code that says what the runtime may do.
-impl From<Error> for Failure {
-    fn from(error: Error) -> Failure {
-        let code = match &error {
+impl From<Box<Error>> for Failure {
+    fn from(error: Box<Error>) -> Failure {
+        let code = match *error {
             Error::NotRunning { .. } | Error::Unanswered { .. } => Code::TryAgain,
             Error::Tun(tailnode_tun::Error::Netns { .. }) => Code::UnknownContainer,
             Error::Tun(_) => Code::Device,
@@ -105,7 +105,7 @@ impl From<Error> for Failure {
 
 impl From<tailnode_tun::Error> for Failure {
     fn from(error: tailnode_tun::Error) -> Failure {
-        Error::from(error).into()
+        Box::new(Error::from(error)).into()
     }
 }
 
