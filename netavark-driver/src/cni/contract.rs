@@ -215,8 +215,10 @@ impl Command {
             "GC" | "STATUS" => Attachment::default(),
             _ => Attachment::of(command, variable)?,
         };
+        let tells_owned = config.get("cni.dev/valid-attachments").is_some();
         let mut config = Config::deserialize(config).map_err(undecoded)?;
-        let owned = config.owned.take();
+        // Go writes an empty list as null.
+        let owned = config.owned.take().unwrap_or_default();
         let network = Network::of(config, version)?;
         let invalid = |msg: &str| Failure::new(Code::Config, msg);
         Ok(match command {
@@ -229,12 +231,12 @@ impl Command {
                 return Err(invalid("CHECK comes without prevResult, the result of ADD"));
             }
             "CHECK" => Command::Check(network, attachment),
+            "GC" if !tells_owned => {
+                return Err(invalid(
+                    "GC comes without cni.dev/valid-attachments: that would be every container",
+                ));
+            }
             "GC" => {
-                let owned = owned.ok_or_else(|| {
-                    invalid(
-                        "GC comes without cni.dev/valid-attachments: that would be every container",
-                    )
-                })?;
                 let place = |it: Owned| network.place(it.container_id, &it.ifname);
                 let owned = owned.into_iter().map(place).collect();
                 Command::Gc(network, owned)
@@ -388,6 +390,10 @@ impl Network {
 
     /// The result of ADD: that of the plugins before, and behind it what was attached. Only the
     /// tailnet's resolver comes first: it hands on what it does not know, and theirs do not.
+    ///
+    /// In a chain, addresses and routes are left out: the specification wants routes of the interface
+    /// that the runtime names only, and the CNI project's own plugins look on that interface, at
+    /// CHECK, for every address that a result has (plugins v1.6.2, ValidateExpectedInterfaceIPs).
     pub fn result(&self, netns: &str, attached: &Attached) -> Result<Value, Failure> {
         let mut result = self.previous.clone().unwrap_or_default();
         result.insert("cniVersion".into(), self.version.clone().into());
@@ -398,8 +404,15 @@ impl Network {
         let interfaces = list(&mut result, "interfaces")?;
         let number = interfaces.len();
         interfaces.push(interface);
+        let (addresses, destinations) = match self.is_chained() {
+            true => (&[][..], &[][..]),
+            false => (
+                &attached.interface.addresses[..],
+                &attached.interface.routes[..],
+            ),
+        };
         let ips = list(&mut result, "ips")?;
-        for address in &attached.interface.addresses {
+        for address in addresses {
             let mut ip = json!({ "address": address, "interface": number });
             if self.version == "0.4.0" {
                 let family = if address.addr().is_ipv4() { "4" } else { "6" };
@@ -408,13 +421,7 @@ impl Network {
             ips.push(ip);
         }
         let routes = list(&mut result, "routes")?;
-        routes.extend(
-            attached
-                .interface
-                .routes
-                .iter()
-                .map(|it| json!({ "dst": it })),
-        );
+        routes.extend(destinations.iter().map(|it| json!({ "dst": it })));
         let dns = result.entry("dns").or_insert(Value::Null);
         if dns.is_null() {
             *dns = json!({});
@@ -426,7 +433,7 @@ impl Network {
         Ok(result.into())
     }
 
-    /// The addresses that the result of ADD told of this device in the container.
+    /// The addresses that the result of ADD told of this device in the container: none in a chain.
     pub fn addresses(&self, device: &str) -> Result<Vec<IpNet>, Failure> {
         let mut previous = self.previous.clone().unwrap_or_default();
         let is_own = |it: &Value| {
