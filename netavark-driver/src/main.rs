@@ -8,12 +8,12 @@
 mod contract;
 
 use std::{
+    collections::BTreeMap,
     env,
     ffi::OsStr,
     io::{self, Read, Write},
-    os::fd::{AsFd, BorrowedFd},
     path::Path,
-    process::{self, ExitCode},
+    process::ExitCode,
     time::Duration,
 };
 
@@ -22,23 +22,12 @@ use serde::{Serialize, de::DeserializeOwned};
 use serde_json::json;
 use tailnode_plugin::{
     Error,
-    api::{self, Request, Response},
+    api::{self, Request},
     options::Layer,
+    shim::Place,
 };
-use tailnode_tun::Netns;
 
-/// The container's devices are tailscale0, tailscale1 and so on, one a tailnet.
-const DEVICE_PREFIX: &str = "tailscale";
-
-/// the daemon answers an attach within 8 s, with an error if it must. The engine's other starts
-/// wait for this one, so 10 s is all that a start may take.
-const ATTACH_TIMEOUT: Duration = Duration::from_millis(8_600);
 const CREATE_TIMEOUT: Duration = Duration::from_secs(2);
-const DETACH_TIMEOUT: Duration = Duration::from_secs(6);
-const CLEAN_UP_TIMEOUT: Duration = Duration::from_millis(500);
-
-const OTHER_VERSION: &str = "tailnoded answered another question: it and this plugin are of \
-                             different versions; restart it with `systemctl restart tailnoded`";
 
 fn main() -> ExitCode {
     let arguments: Vec<_> = env::args_os().skip(1).collect();
@@ -99,82 +88,33 @@ fn setup(netns: &Path, attachment: &Attachment) -> Result<StatusBlock, String> {
 }
 
 fn attach(netns: &Path, attachment: &Attachment) -> Result<StatusBlock, String> {
-    let netns = Netns::open(netns).map_err(|error| error.to_string())?;
-    // Made here and moved, never made inside: a device made inside would keep the namespace alive
-    // after the container.
-    let name = format!("tn{}", process::id());
-    let tun = tailnode_tun::create(&name).map_err(|error| error.to_string())?;
-    let name =
-        tailnode_tun::move_into(&name, &netns, DEVICE_PREFIX).map_err(|error| error.to_string())?;
-    serve(tun.as_fd(), &netns, &name, attachment).inspect_err(|_| {
-        // An answer that came too late, or was of no use, may have left a node behind; and a daemon
-        // that hangs keeps the device, so to close our descriptor may not be enough.
-        let cleaning_up = |error: String| {
-            eprintln!("tailscale: {}: cleaning up: {error}", subject(attachment));
-        };
-        tailnode_tun::remove(&netns, &name).unwrap_or_else(|error| cleaning_up(error.to_string()));
-        detach(attachment, CLEAN_UP_TIMEOUT).unwrap_or_else(cleaning_up);
-    })
-}
-
-fn serve(
-    tun: BorrowedFd,
-    netns: &Netns,
-    device: &str,
-    attachment: &Attachment,
-) -> Result<StatusBlock, String> {
-    let request = Request::Attach {
-        container_id: attachment.container_id.clone(),
-        container_name: attachment.container_name.clone(),
-        network_id: attachment.network.id.clone(),
-        network_name: attachment.network.name.clone(),
-        network_options: attachment.network.options.clone(),
-        endpoint_options: attachment.network_options.options.clone(),
-    };
-    let response = call(&request, Some(tun), ATTACH_TIMEOUT)?;
-    let Response::Attached {
-        interface,
-        dns_servers,
-        search_domains,
-    } = response
-    else {
-        return Err(OTHER_VERSION.into());
-    };
-    if let Err(error) = tailnode_tun::configure(netns, device, &interface) {
-        return match tailnode_tun::release(netns, device, interface.index) {
-            Ok(()) => Err(error.to_string()),
-            Err(also) => Err(format!("{error}; and cleaning up: {also}")),
-        };
-    }
+    let attached = place(attachment).attach(netns)?;
     Ok(StatusBlock::new(
-        device.to_owned(),
-        interface.addresses,
-        dns_servers,
-        search_domains,
+        attached.device,
+        attached.interface.addresses,
+        attached.dns_servers,
+        attached.search_domains,
     ))
 }
 
 /// A container stops. The engine asks for this more than once, and after the container's namespace
 /// or the daemon has gone: there is nothing to fail for.
 fn teardown(attachment: &Attachment) {
-    if let Err(error) = detach(attachment, DETACH_TIMEOUT) {
+    if let Err(error) = place(attachment).detach() {
         eprintln!("tailscale: {}: {error}", subject(attachment));
     }
 }
 
-fn detach(attachment: &Attachment, timeout: Duration) -> Result<(), String> {
-    let request = Request::Detach {
+fn place(attachment: &Attachment) -> Place {
+    Place {
         container_id: attachment.container_id.clone(),
+        container_name: attachment.container_name.clone(),
         network_id: attachment.network.id.clone(),
-    };
-    match call(&request, None, timeout)? {
-        Response::Ok => Ok(()),
-        _ => Err(OTHER_VERSION.into()),
+        network_name: attachment.network.name.clone(),
+        network_options: attachment.network.options.clone(),
+        endpoint_options: attachment.network_options.options.clone(),
+        annotations: BTreeMap::new(),
     }
-}
-
-fn call(request: &Request, fd: Option<BorrowedFd>, timeout: Duration) -> Result<Response, String> {
-    api::call(&api::socket_path(), request, fd, timeout).map_err(|error| error.to_string())
 }
 
 fn subject(attachment: &Attachment) -> String {

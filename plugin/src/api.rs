@@ -53,7 +53,7 @@ pub enum Request {
     Attach {
         /// The engine's id of the container.
         container_id: String,
-        /// Its name.
+        /// Its name; where it is empty, Podman's database has it.
         container_name: String,
         /// The engine's id of the network.
         network_id: String,
@@ -63,6 +63,9 @@ pub enum Request {
         network_options: BTreeMap<String, String>,
         /// Those of this container on it.
         endpoint_options: BTreeMap<String, String>,
+        /// The container's annotations, where the shim was told; Podman's database has them too.
+        #[serde(default)]
+        annotations: BTreeMap<String, String>,
     },
     /// Whether a network may have these options under the host's configuration: `Ok`, or why not.
     Allows {
@@ -368,6 +371,7 @@ mod tests {
             network_name: "tn1".into(),
             network_options: [("tags".to_owned(), "tag:foo".to_owned())].into(),
             endpoint_options: [("hostname".to_owned(), "zz".to_owned())].into(),
+            annotations: [("tailscale.tags".to_owned(), "tag:x".to_owned())].into(),
         }
     }
 
@@ -379,6 +383,7 @@ mod tests {
                 "op": "attach", "container_id": "ae48c7267541", "container_name": "c1",
                 "network_id": "7d2f", "network_name": "tn1",
                 "network_options": {"tags": "tag:foo"}, "endpoint_options": {"hostname": "zz"},
+                "annotations": {"tailscale.tags": "tag:x"},
             })
         );
         assert_eq!(

@@ -208,6 +208,13 @@ impl Shims {
         sent
     }
 
+    async fn podman_name(&self, container_id: &str) -> String {
+        let (database, id) = (self.podman_db.clone(), container_id.to_owned());
+        blocking(move || podman::name(&database, &id))
+            .await
+            .unwrap_or_else(|| short_id(container_id))
+    }
+
     /// Does what is asked; a node that was made ready for it is also put into `ready`.
     async fn answer(
         &self,
@@ -223,8 +230,14 @@ impl Shims {
                 network_name,
                 network_options,
                 endpoint_options,
+                annotations,
             } => {
                 let deadline = tokio::time::Instant::now() + ATTACH;
+                let container_name = if container_name.is_empty() {
+                    self.podman_name(&container_id).await
+                } else {
+                    container_name
+                };
                 let subject = format!("container {container_name} on network {network_name}");
                 let attach = async {
                     let device = device.ok_or(Error::NoDevice)?;
@@ -232,7 +245,8 @@ impl Shims {
                     let of_network = Layer::of_network(&network_name, &network_options)?;
                     let (database, id) = (self.podman_db.clone(), container_id.clone());
                     let look = move || (podman::marks(&database, &id), podman::names(&database));
-                    let (marks, exist) = blocking(look).await;
+                    let (mut marks, exist) = blocking(look).await;
+                    marks.annotations.extend(annotations);
                     let of_marks = Layer::of_marks(&marks)?;
                     let guest = Guest {
                         key: podman_key(container_id.clone(), network_id),
@@ -299,6 +313,11 @@ impl Shims {
             Request::Status => Ok(Response::Status(self.endpoints.status().await)),
         }
     }
+}
+
+/// A name for a container that Podman does not know.
+fn short_id(container_id: &str) -> String {
+    container_id.get(..12).unwrap_or(container_id).to_owned()
 }
 
 fn podman_key(container_id: String, network_id: String) -> Key {

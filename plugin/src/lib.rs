@@ -1,7 +1,7 @@
 //! `tailnoded`, the daemon that runs the nodes of a host's containers, and the API by which the
 //! engines' shims and the command line talk to it.
 //!
-//! [`api`] is all that a shim needs: it blocks and brings no runtime. [`daemon`] is the program.
+//! [`shim`] and [`api`] are all that a shim needs: they block and bring no runtime. [`daemon`] is the program.
 //! In between, [`options`] decides who a container's node is, the endpoints say which container
 //! has which node, and `docker` speaks Docker's plugin protocol.
 
@@ -14,5 +14,6 @@ mod identities;
 mod interface;
 pub mod options;
 mod podman;
+pub mod shim;
 
 pub use error::Error;

@@ -15,7 +15,7 @@ use std::{
 };
 
 use ipnet::IpNet;
-pub use layer::{Layer, Marks, Settled, Surface, Told, settle};
+pub use layer::{Layer, Marks, Settled, Surface, TUN_ANNOTATION, Told, settle};
 pub use table::{Entry, TABLE, Value};
 use tailnode_node::{ExitNode, RoutePreferences, Secret};
 use tailnode_tun::Exit;
