@@ -14,6 +14,7 @@ use serde_json::{Map, Value};
 
 const TUN: &str = "/dev/net/tun";
 const RESOLV_CONF: &str = "/etc/resolv.conf";
+const OUR_RESOLV_CONF: &str = "resolv.conf.tailnode";
 /// Podman binds this file of its own into every container, from the directory that it keeps for it.
 const CONTAINER_ENV: &str = "/run/.containerenv";
 
@@ -51,29 +52,38 @@ impl Config {
         of("user").is_some() && of("network").is_some_and(|network| network.get("path").is_none())
     }
 
-    /// The file that Podman made for the container's /etc/resolv.conf. What a person mounted there
-    /// is theirs, and may be the host's.
-    pub fn resolv_conf(&self) -> Option<PathBuf> {
-        let file = self.source_of(RESOLV_CONF)?;
-        let of_podman = file.parent() == self.directory().as_deref();
-        of_podman.then_some(file)
+    /// The path of its network namespace, where the engine has made that already.
+    pub fn netns(&self) -> Option<&Path> {
+        let mut all = self.at(&["linux", "namespaces"])?.as_array()?.iter();
+        let network = all.find(|namespace| namespace["type"] == "network")?;
+        network.get("path")?.as_str().map(Path::new)
     }
 
-    /// Binds a file to be made into a container that has no /etc/resolv.conf; returns the file.
+    /// Our file, if it is what the container has for its /etc/resolv.conf.
+    pub fn resolv_conf(&self) -> Option<PathBuf> {
+        let file = self.source_of(RESOLV_CONF)?;
+        (file.file_name()? == OUR_RESOLV_CONF).then_some(file)
+    }
+
+    /// Binds a file of ours, to be made, to the container's /etc/resolv.conf, and returns it. Podman
+    /// writes its own only when this hook is through. What a person mounted there stays.
     pub fn give_resolv_conf(&mut self) -> Option<PathBuf> {
-        if self.source_of(RESOLV_CONF).is_some() {
-            return None;
+        let directory = self.directory()?;
+        let file = directory.join(OUR_RESOLV_CONF);
+        match self.source_of(RESOLV_CONF) {
+            Some(other) if other.parent() != Some(&directory) => return None,
+            _ => {}
         }
-        let file = self.directory()?.join("resolv.conf");
         let mount = MountBuilder::default()
             .destination(RESOLV_CONF)
             .typ("bind")
             .source(&file)
             .options(["bind".to_owned(), "rprivate".to_owned()])
-            .build()
-            .ok()?;
-        let mount = value(&mount).ok()?;
-        self.0.get_mut("mounts")?.as_array_mut()?.push(mount);
+            .build();
+        let mount = value(&mount.ok()?).ok()?;
+        let mounts = self.0.get_mut("mounts")?.as_array_mut()?;
+        mounts.retain(|mount| mount["destination"] != RESOLV_CONF);
+        mounts.push(mount);
         Some(file)
     }
 
@@ -258,25 +268,31 @@ mod tests {
     }
 
     #[test]
-    fn only_podmans_own_resolv_conf_is_written_to() {
-        let mut value = none();
-        let mut edited = config(&value);
+    fn podmans_resolv_conf_makes_way_and_a_persons_does_not() {
+        let none = none();
+        let mut edited = config(&none);
         assert_eq!(edited.resolv_conf(), None);
-        let file = Some(PathBuf::from("/c/1/userdata/resolv.conf"));
+        let file = Some(PathBuf::from("/c/1/userdata/resolv.conf.tailnode"));
         assert_eq!(edited.give_resolv_conf(), file);
         assert_eq!(edited.resolv_conf(), file);
-        assert_eq!(edited.give_resolv_conf(), None);
-        let mounts = value["mounts"].as_array_mut().unwrap();
-        mounts.push(
-            json!({"destination": "/etc/resolv.conf", "source": "/etc/resolv.conf",
-            "options": ["bind"]}),
-        );
-        let mut by_a_person = config(&value);
-        assert_eq!(by_a_person.resolv_conf(), None);
-        assert_eq!(by_a_person.give_resolv_conf(), None);
+        let with = |source: &str| {
+            let mut value = none.clone();
+            let mount =
+                json!({"destination": "/etc/resolv.conf", "source": source, "options": ["bind"]});
+            value["mounts"].as_array_mut().unwrap().push(mount);
+            config(&value)
+        };
+        let mut on_a_bridge = with("/c/1/userdata/resolv.conf");
+        assert_eq!(on_a_bridge.resolv_conf(), None);
+        assert_eq!(on_a_bridge.give_resolv_conf(), file);
+        assert_eq!(on_a_bridge, edited);
+        for theirs in ["/etc/resolv.conf", "/c/2/userdata/resolv.conf"] {
+            let mut of_theirs = with(theirs);
+            assert_eq!(of_theirs.give_resolv_conf(), None);
+            assert_eq!(of_theirs, with(theirs));
+        }
         // An engine that keeps no such directory.
-        value["mounts"] = json!([]);
-        assert_eq!(config(&value).give_resolv_conf(), None);
+        assert_eq!(config(&json!({"mounts": []})).give_resolv_conf(), None);
     }
 
     #[test]
@@ -288,6 +304,8 @@ mod tests {
         value["linux"]["namespaces"] =
             json!([{"type": "network", "path": "/run/netns/n"}, {"type": "user"}]);
         assert!(!config(&value).network_comes_later());
+        assert_eq!(config(&value).netns(), Some(Path::new("/run/netns/n")));
+        assert_eq!(config(&json!({})).netns(), None);
         assert!(!config(&json!({})).network_comes_later());
         assert!(Config::read("[]").is_err());
     }

@@ -1,6 +1,6 @@
-//! What an image may not decide. Podman gives a container the annotations of its image, and says
-//! nowhere which those are; but a device, capabilities and a place on a tailnet are for who runs the
-//! container to grant. So they are looked up where Podman and CRI-O keep their images.
+//! What an image may not decide. Some versions of Podman give a container the annotations of its
+//! image, and say nowhere which those are; but a device, capabilities and a place on a tailnet are for
+//! who runs the container to grant. So they are looked up where Podman and CRI-O keep their images.
 
 use std::{
     collections::BTreeMap,

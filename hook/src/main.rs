@@ -17,7 +17,7 @@ use std::{
     collections::BTreeMap,
     env, fs,
     io::{self, Read, Write},
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::ExitCode,
 };
 
@@ -58,7 +58,9 @@ fn precreate() -> Result<(), String> {
     let edited = match Wish::of(&annotations) {
         Ok(wish) if image::allows(&annotations, config.root()).is_ok() => {
             let edited = wish.tun && config.give_tun()?;
-            let made = wish.joins && give_resolv_conf(&mut config)?;
+            // On a tailnet already, it keeps what Podman makes.
+            let joins = wish.joins && !has_tailnet(config.netns())?;
+            let made = joins && give_resolv_conf(&mut config)?;
             edited || made
         }
         _ => false,
@@ -72,7 +74,17 @@ fn precreate() -> Result<(), String> {
         .map_err(|error| format!("cannot answer the engine: {error}"))
 }
 
-/// A container that Podman gave no resolv.conf, as it is on no network, gets one to be filled in.
+/// Whether a device of a tailnet is in the namespace at this path.
+fn has_tailnet(netns: Option<&Path>) -> Result<bool, String> {
+    let Some(netns) = netns else {
+        return Ok(false);
+    };
+    let netns = Netns::open(netns).map_err(|error| error.to_string())?;
+    let inside = netns.run(|| is_on_a_tailnet("thread-self"));
+    inside.map_err(|error| error.to_string())?
+}
+
+/// The container gets a resolv.conf to be filled in when its node is up.
 fn give_resolv_conf(config: &mut Config) -> Result<bool, String> {
     let Some(file) = config.give_resolv_conf() else {
         return Ok(false);
@@ -108,7 +120,7 @@ fn join(
         Some(pid) if pid > 0 => pid,
         _ => return Err("the engine does not say which process it is".into()),
     };
-    if wish.joins && is_on_a_tailnet(pid)? {
+    if wish.joins && is_on_a_tailnet(&pid.to_string())? {
         // By a network of the engine's. The annotations are options there.
         return Ok(());
     }
@@ -139,7 +151,12 @@ fn join(
     let attached = place.attach(&netns)?;
     let resolv_conf = config.resolv_conf();
     let written = resolv_conf.map_or(Ok(()), |file| {
-        resolver::write(&file, &attached.dns_servers, &attached.search_domains)
+        resolver::write(
+            &file,
+            state.id(),
+            &attached.dns_servers,
+            &attached.search_domains,
+        )
     });
     written.map_err(|error| match place.detach() {
         Ok(()) => error,
@@ -160,8 +177,8 @@ fn post_stop() -> Result<(), String> {
 }
 
 /// Whether a device of a tailnet is in the namespace of this process.
-fn is_on_a_tailnet(pid: i32) -> Result<bool, String> {
-    let path = format!("/proc/{pid}/net/dev");
+fn is_on_a_tailnet(process: &str) -> Result<bool, String> {
+    let path = format!("/proc/{process}/net/dev");
     let devices =
         fs::read_to_string(&path).map_err(|error| format!("cannot read {path}: {error}"))?;
     let mut names = devices.lines().filter_map(|line| line.split_once(':'));

@@ -1,24 +1,54 @@
-//! The container's resolv.conf, when the node's resolver is to be asked first.
+//! The container's resolv.conf, in which the node's resolver comes first.
 
-use std::{
-    fs::{self, OpenOptions},
-    io::Write,
-    net::IpAddr,
-    path::Path,
-};
+use std::{env, fs, io, net::IpAddr, path::Path};
 
-/// Puts the node's resolver and search domains into the file. It stays the same file: the container
-/// has it mounted. Without a resolver it is left alone.
-pub fn write(file: &Path, servers: &[IpAddr], domains: &[String]) -> Result<(), String> {
-    if servers.is_empty() {
-        return Ok(());
-    }
+/// Where netavark tells aardvark-dns, below the directory of what runs: a file for each network. Its
+/// first line has the addresses to listen at, the others begin with the ids of containers.
+const NETWORKS: &str = "containers/networks/aardvark-dns";
+
+/// Writes the file for this container: the node's resolver and search domains, then the servers of
+/// the bridges that it is on. Where neither is to be asked, it has the host's.
+pub fn write(
+    file: &Path,
+    container_id: &str,
+    servers: &[IpAddr],
+    domains: &[String],
+) -> Result<(), String> {
+    let run = env::var_os("XDG_RUNTIME_DIR").filter(|run| !run.is_empty());
+    let networks = Path::new(run.as_deref().unwrap_or("/run".as_ref())).join(NETWORKS);
     let write = || {
-        let text = with(&fs::read_to_string(file)?, servers, domains);
-        let mut file = OpenOptions::new().write(true).truncate(true).open(file)?;
-        file.write_all(text.as_bytes())
+        let mut text = of_bridges(&networks, container_id)?;
+        if text.is_empty() && servers.is_empty() {
+            text = fs::read_to_string("/etc/resolv.conf")?;
+        }
+        fs::write(file, with(&text, servers, domains))
     };
     write().map_err(|error| format!("cannot write {}: {error}", file.display()))
+}
+
+/// The servers that know the containers on its bridges.
+fn of_bridges(networks: &Path, container_id: &str) -> io::Result<String> {
+    let mut text = String::new();
+    let files = match fs::read_dir(networks) {
+        Ok(files) => files,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(text),
+        Err(error) => return Err(error),
+    };
+    for file in files {
+        let network = fs::read_to_string(file?.path())?;
+        let mut lines = network.lines();
+        let first = lines.next().and_then(|line| line.split_whitespace().next());
+        if !lines.any(|line| line.split_whitespace().next() == Some(container_id)) {
+            continue;
+        }
+        for server in first.into_iter().flat_map(|line| line.split(',')) {
+            // The file of aardvark-dns's own pid has none.
+            if server.parse::<IpAddr>().is_ok() {
+                text += &format!("search dns.podman\nnameserver {server}\n");
+            }
+        }
+    }
+    Ok(text)
 }
 
 /// The node's resolver comes first: it passes on what it does not know. A name is completed with
@@ -78,25 +108,21 @@ mod tests {
     }
 
     #[test]
-    fn the_file_stays_the_same() {
-        use std::os::unix::fs::MetadataExt;
+    fn bridges_are_found_where_netavark_writes_them() {
         let directory = tempfile::tempdir().unwrap();
-        let file = directory.path().join("resolv.conf");
-        let refused = write(&file, &["100.100.100.100".parse().unwrap()], &[]);
-        assert!(refused.unwrap_err().contains("resolv.conf"));
+        let (here, gone) = (directory.path(), directory.path().join("gone"));
+        assert_eq!(of_bridges(&gone, "c1").unwrap(), "");
+        // As netavark 1.14 writes them.
         fs::write(
-            &file,
-            "nameserver 192.0.2.1\n# a long line that is to be there no more\n",
+            here.join("lan"),
+            "10.89.0.1,fd00::1\nc1 10.89.0.2  web,c1\nc2 10.89.0.3  db\n",
         )
         .unwrap();
-        let inode = fs::metadata(&file).unwrap().ino();
-        write(&file, &[], &[]).unwrap();
-        write(&file, &["100.100.100.100".parse().unwrap()], &[]).unwrap();
-        assert_eq!(fs::metadata(&file).unwrap().ino(), inode);
-        let text = fs::read_to_string(&file).unwrap();
-        assert!(
-            text.starts_with("nameserver 100.100.100.100\nnameserver 192.0.2.1\n"),
-            "{text}"
-        );
+        fs::write(here.join("other"), "10.90.0.1\nc2 10.90.0.2  db\n").unwrap();
+        fs::write(here.join("aardvark.pid"), "272").unwrap();
+        let search = "search dns.podman\n";
+        let lan = format!("{search}nameserver 10.89.0.1\n{search}nameserver fd00::1\n");
+        assert_eq!(of_bridges(here, "c1").unwrap(), lan);
+        assert_eq!(of_bridges(here, "c3").unwrap(), "");
     }
 }
