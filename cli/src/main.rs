@@ -1,5 +1,6 @@
 //! `tailnode`: what the nodes of this host's containers are doing, and why.
 
+mod login;
 mod migrate;
 mod state;
 mod status;
@@ -15,7 +16,7 @@ use std::{
 use anyhow::{Context, bail};
 use clap::{Parser, Subcommand};
 use tailnode_plugin::{
-    api::{self, Request, Response, is_called},
+    api::{self, ContainerStatus, Request, Response, is_called},
     options::manual,
 };
 
@@ -50,6 +51,16 @@ named here stays; more may come.
 
 Exit status: 0 done; 1 no answer from tailnoded, or no such container; 2 wrong usage.";
 
+/// What `login` does.
+const LOGIN: &str = "\
+With NETWORK it asks for an auth key, or an OAuth client's secret, without showing it; where its input is no
+terminal, it reads it from there. tailnoded keeps it, readable by root alone, for the nodes that join the networks
+of this name from now on, unless the network's own option auth-key names another.
+
+With --wait it waits until nobody must log in for the container, or for any, and prints the pages to open.
+
+Exit status: 0 done; 1 not done, or not within --timeout; 2 wrong usage.";
+
 #[derive(Subcommand)]
 enum Command {
     /// Show the containers' nodes and their peers.
@@ -60,6 +71,27 @@ enum Command {
         /// Print JSON.
         #[arg(long)]
         json: bool,
+    },
+    /// Give a network its auth key, or wait until somebody has logged in.
+    #[command(after_long_help = LOGIN)]
+    #[command(group(clap::ArgGroup::new("what").required(true).args(["network", "wait"])))]
+    Login {
+        /// The network that the key is for.
+        network: Option<String>,
+        /// Forget the network's key.
+        #[arg(long, requires = "network", conflicts_with = "wait")]
+        remove: bool,
+        /// Wait for the container of this name, or of an id that begins so; else for all.
+        #[arg(long, value_name = "CONTAINER", num_args = 0..=1)]
+        wait: Option<Option<String>>,
+        /// For how many seconds at most; else for as long as it takes.
+        #[arg(
+            long,
+            value_name = "SECONDS",
+            requires = "wait",
+            conflicts_with = "network"
+        )]
+        timeout: Option<u64>,
     },
     /// Show what is set for a container's nodes, and who set it.
     Explain {
@@ -140,6 +172,14 @@ enum State {
 fn main() -> ExitCode {
     let done = match Arguments::parse().command {
         Command::Status { container, json } => status(container.as_deref(), json),
+        Command::Login {
+            wait: Some(container),
+            timeout,
+            ..
+        } => login::wait(container.as_deref(), timeout.map(Duration::from_secs)),
+        Command::Login {
+            network, remove, ..
+        } => login::give(network.unwrap_or_default(), remove),
         Command::Explain { container, json } => explain(container, json),
         Command::Options { man: false } => print(&manual::text()),
         Command::Options { man: true } => print(&manual::page()),
@@ -154,7 +194,7 @@ fn main() -> ExitCode {
             network,
         }) => state::export(node, network, &file),
         Command::State(State::Import { file, network }) => state::import(file, network),
-        Command::Logout { container } => logout(container),
+        Command::Logout { container } => tell(Request::Logout { container }),
         Command::Migrate(Migrate::Compose { file }) => migrate_compose(&file),
     };
     match done {
@@ -178,15 +218,15 @@ fn explain(container: String, json: bool) -> anyhow::Result<()> {
     })
 }
 
-fn logout(container: String) -> anyhow::Result<()> {
-    let request = Request::Logout { container };
+fn tell(request: Request) -> anyhow::Result<()> {
     match api::call(&api::socket_path(), &request, None, PATIENCE)? {
         Response::Ok => Ok(()),
         _ => bail!(OTHER_ANSWER),
     }
 }
 
-fn status(container: Option<&str>, json: bool) -> anyhow::Result<()> {
+/// The nodes of a container, or of all.
+fn nodes(container: Option<&str>) -> anyhow::Result<Vec<ContainerStatus>> {
     let response = api::call(&api::socket_path(), &Request::Status, None, PATIENCE)?;
     let Response::Status(mut list) = response else {
         bail!(OTHER_ANSWER);
@@ -199,6 +239,11 @@ fn status(container: Option<&str>, json: bool) -> anyhow::Result<()> {
             );
         }
     }
+    Ok(list)
+}
+
+fn status(container: Option<&str>, json: bool) -> anyhow::Result<()> {
+    let list = nodes(container)?;
     print(&match json {
         true => serde_json::to_string_pretty(&list)? + "\n",
         false => status::render(&list),
@@ -233,7 +278,7 @@ mod tests {
 
     use serde_json::Value;
     use tailnode_node::{Login, PeerPath, PeerStatus, RouteStatus, Status};
-    use tailnode_plugin::api::{ContainerStatus, Engine};
+    use tailnode_plugin::api::Engine;
 
     use super::*;
 

@@ -224,7 +224,7 @@ fn align(rows: &[Vec<String>]) -> Vec<String> {
 
 /// Without the characters that would move a terminal's cursor: names and messages come from the
 /// control server.
-fn printable(text: &str) -> String {
+pub fn printable(text: &str) -> String {
     text.chars()
         .map(|c| if c.is_control() { '\u{fffd}' } else { c })
         .collect()

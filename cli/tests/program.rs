@@ -5,7 +5,20 @@
     reason = "a test reports by panicking, and not only in its own body"
 )]
 
-use std::process::Command;
+use std::{
+    fs::File,
+    io::{BufRead, BufReader, Read, Write},
+    os::unix::net::UnixListener,
+    process::{Command, Stdio},
+    thread,
+};
+
+use rustix::{
+    fs::OFlags,
+    pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt},
+    termios::{LocalModes, tcgetattr},
+};
+use tempfile::TempDir;
 
 /// Exit status, standard output and standard error.
 fn tailnode(arguments: &[&str]) -> (Option<i32>, String, String) {
@@ -93,5 +106,149 @@ fn migrate_prints_the_new_file_alone_and_the_rest_as_errors() {
         let (status, output, error) = tailnode(&["migrate", "compose", file]);
         assert_eq!((status, &*output), (Some(1), ""), "{file}");
         assert!(error.contains(says) && error.contains(file), "{error}");
+    }
+}
+
+/// A daemon that takes one request and says that it is done; it returns the request.
+fn daemon(directory: &TempDir) -> thread::JoinHandle<String> {
+    let listener = UnixListener::bind(directory.path().join("s.sock")).unwrap();
+    thread::spawn(move || {
+        let (mut stream, _) = listener.accept().unwrap();
+        let mut request = String::new();
+        let mut reader = BufReader::new(stream.try_clone().unwrap());
+        reader.read_line(&mut request).unwrap();
+        writeln!(stream, r#"{{"result":"ok"}}"#).unwrap();
+        request
+    })
+}
+
+fn login(directory: &TempDir, input: impl Into<Stdio>) -> std::process::Child {
+    Command::new(env!("CARGO_BIN_EXE_tailnode"))
+        .args(["login", "tailnet"])
+        .env("TAILNODE_SOCKET", directory.path().join("s.sock"))
+        .stdin(input)
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap()
+}
+
+#[test]
+fn a_key_is_read_from_a_pipe() {
+    let directory = TempDir::new().unwrap();
+    let daemon = daemon(&directory);
+    let mut child = login(&directory, Stdio::piped());
+    let mut input = child.stdin.take().unwrap();
+    input.write_all(b"tskey-auth-QQQQ\n").unwrap();
+    drop(input);
+    let output = child.wait_with_output().unwrap();
+    let words = String::from_utf8(output.stderr).unwrap();
+    assert!(
+        output.status.success() && words.contains("network tailnet"),
+        "{words}"
+    );
+    assert_eq!(
+        daemon.join().unwrap(),
+        "{\"op\":\"login\",\"network\":\"tailnet\",\"key\":\"tskey-auth-QQQQ\"}\n"
+    );
+}
+
+#[test]
+fn what_is_no_key_does_not_reach_the_daemon() {
+    for (key, words) in [
+        ("", "nothing in it"),
+        ("QQQQ QQQQ", "more than one word"),
+        ("tskey-client-QQQQ?reusable=1", "baseURL=URL"),
+        (&*"QQQQ".repeat(2000), "too long"),
+    ] {
+        // Nobody listens there: it would be told.
+        let directory = TempDir::new().unwrap();
+        let mut child = login(&directory, Stdio::piped());
+        let mut input = child.stdin.take().unwrap();
+        input.write_all(key.as_bytes()).unwrap();
+        drop(input);
+        let output = child.wait_with_output().unwrap();
+        let error = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(1));
+        assert!(error.contains(words) && !error.contains("QQQQ"), "{error}");
+    }
+}
+
+#[test]
+fn a_key_is_typed_and_not_shown() {
+    // Typed to the end, and broken off.
+    for (typed, taken) in [
+        ("tskey-auth-QQQX\x7fQ\r", true),
+        ("tskey-auth-QQQQ\x03", false),
+    ] {
+        let directory = TempDir::new().unwrap();
+        let daemon = daemon(&directory);
+        let terminal = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY).unwrap();
+        grantpt(&terminal).unwrap();
+        unlockpt(&terminal).unwrap();
+        let name = ptsname(&terminal, Vec::new()).unwrap();
+        let keyboard = File::options()
+            .read(true)
+            .write(true)
+            .open(name.to_str().unwrap())
+            .unwrap();
+        let before = tcgetattr(&keyboard).unwrap();
+        assert!(before.local_modes.contains(LocalModes::ECHO));
+
+        let mut child = login(&directory, keyboard.try_clone().unwrap());
+        let mut prompt = [0; 30];
+        let mut words = child.stderr.take().unwrap();
+        words.read_exact(&mut prompt).unwrap();
+        assert_eq!(&prompt, b"Auth key for network tailnet: ");
+        let mut terminal = File::from(terminal);
+        terminal.write_all(typed.as_bytes()).unwrap();
+        assert_eq!(child.wait().unwrap().success(), taken);
+        let mut rest = String::new();
+        words.read_to_string(&mut rest).unwrap();
+        assert!(!rest.contains("QQQ"), "{rest}");
+        if taken {
+            assert!(
+                daemon
+                    .join()
+                    .unwrap()
+                    .contains(r#""key":"tskey-auth-QQQQ""#)
+            );
+        } else {
+            assert!(rest.contains("interrupted"), "{rest}");
+        }
+        // The terminal showed nothing, and is as it was.
+        rustix::fs::fcntl_setfl(&terminal, OFlags::NONBLOCK).unwrap();
+        let mut shown = [0; 100];
+        let shown = terminal
+            .read(&mut shown)
+            .map(|length| String::from_utf8_lossy(&shown[..length]).into_owned());
+        assert!(shown.is_err(), "{shown:?}");
+        assert_eq!(
+            tcgetattr(&keyboard).unwrap().local_modes,
+            before.local_modes
+        );
+    }
+}
+
+#[test]
+fn a_login_is_for_a_network_or_waits_for_containers() {
+    for arguments in [
+        &["login"][..],
+        &["login", "tailnet", "--wait"],
+        &["login", "--remove"],
+        &["login", "--wait", "--remove"],
+        &["login", "tailnet", "--timeout", "5"],
+        &["login", "--wait", "web", "--timeout", "soon"],
+    ] {
+        let (status, _, error) = tailnode(arguments);
+        assert_eq!(status, Some(2), "{arguments:?}: {error}");
+    }
+    for arguments in [
+        &["login", "--wait"][..],
+        &["login", "--wait", "web", "--timeout", "5"],
+    ] {
+        let (status, _, error) = tailnode(arguments);
+        assert_eq!(status, Some(1), "{arguments:?}: {error}");
+        assert!(error.contains("systemctl start"), "{error}");
     }
 }

@@ -208,8 +208,10 @@ fn short(id: &str) -> &str {
 }
 
 fn input<T: DeserializeOwned>() -> Result<T, String> {
-    serde_json::from_str(&input_text()?)
-        .map_err(|error| format!("cannot understand the engine's state of the container: {error}"))
+    serde_json::from_str(&input_text()?).map_err(|error| {
+        let (line, column) = (error.line(), error.column());
+        format!("cannot understand the engine's state from line {line} column {column} on")
+    })
 }
 
 fn input_text() -> Result<String, String> {

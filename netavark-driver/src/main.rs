@@ -65,9 +65,11 @@ fn create(network: NewNetwork) -> Result<NewNetwork, String> {
     if let Some(refusal) = network.refusal() {
         return Err(in_network(refusal.into()));
     }
+    // Without serde's own words, here and below: they quote what they fail on, which may
+    // be a secret.
     let options = network
         .options()
-        .map_err(|error| in_network(format!("options: {error}")))?;
+        .map_err(|_| in_network("its options are no texts: is Podman at least 4.5?".into()))?;
     Layer::of_network(network.name(), &options).map_err(|error| in_network(error.to_string()))?;
     let request = Request::Allows {
         network_name: network.name().to_owned(),
@@ -131,7 +133,12 @@ fn input<T: DeserializeOwned>() -> Result<T, String> {
         .read_to_string(&mut text)
         .map_err(|error| format!("cannot read the engine's request: {error}"))?;
     serde_json::from_str(&text).map_err(|error| {
-        format!("cannot understand the engine's request ({error}): is Podman at least 4.5?")
+        format!(
+            "cannot understand the engine's request from line {} column {} on: is Podman at least \
+             4.5?",
+            error.line(),
+            error.column()
+        )
     })
 }
 

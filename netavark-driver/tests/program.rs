@@ -85,6 +85,39 @@ fn a_network_with_a_wrong_option_is_refused() {
 }
 
 #[test]
+fn a_request_that_cannot_be_read_is_not_repeated() {
+    for (arguments, request) in [
+        (
+            &["create"][..],
+            r#"{"name":"tailnet","options":{"auth-key":"tskey-auth-QQQQ"}}"#,
+        ),
+        (
+            &["create"],
+            r#"{"name":"tailnet","options":{"tskey-auth-QQQQ":["QQQQ"]}}"#,
+        ),
+        (&["create"], r#"{"name":"tailnet","options":"QQQQ"}"#),
+        (&["create"], r#""QQQQ""#),
+        (
+            &["setup", "/nowhere"],
+            r#"{"container_id":"a","network":"QQQQ"}"#,
+        ),
+        (
+            &["setup", "/nowhere"],
+            r#"{"container_id":"a","network":{"options":"QQQQ"}}"#,
+        ),
+        (&["setup", "/nowhere"], "QQQQ"),
+    ] {
+        let output = run(arguments, request);
+        assert!(!output.status.success());
+        let words = [output.stdout, output.stderr].map(|it| String::from_utf8(it).unwrap());
+        assert!(
+            words[0].contains("error") && !words.concat().contains("QQQQ"),
+            "{words:?}"
+        );
+    }
+}
+
+#[test]
 fn a_start_that_fails_names_the_container_and_the_network() {
     let output = run(&["setup", "/nowhere/netns"], &attachment());
     assert!(!output.status.success());

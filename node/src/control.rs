@@ -12,7 +12,7 @@ use std::{convert::Infallible, net::SocketAddr, pin::pin, sync::Arc, time::Durat
 use bytes::{Bytes, BytesMut};
 use chrono::{DateTime, Utc};
 use http::{HeaderValue, Method, Request, Response, StatusCode, header};
-use http_body_util::{BodyExt, Empty, Full};
+use http_body_util::{BodyExt, Full};
 use hyper::{body::Incoming, client::conn::http2};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use ipnet::IpNet;
@@ -35,12 +35,15 @@ use url::Url;
 
 mod frames;
 mod lock;
+mod oauth;
 mod registration;
 
 use frames::Frames;
-use registration::{Registration, Standing, Step};
+use oauth::NoKey;
+use registration::{Key, Registration, Standing, Step};
 
 use crate::{
+    auth_key::{AuthKey, Secret},
     clock::Clock,
     dial::{self, Backoff, Http},
     netmap::{Lock, expiry, is_expired},
@@ -75,35 +78,13 @@ const MAX_ANSWER: usize = 1 << 20;
 /// Largest answer that tells of tailnet lock: 2000 updates with all that they may say.
 const MAX_LOCK: usize = 16 << 20;
 
-/// Text that must not be seen: its `Debug` shows nothing of it.
-#[derive(Clone, PartialEq, Eq)]
-pub struct Secret(String);
-
-impl Secret {
-    /// Takes a secret, without the line end that files have.
-    pub fn new(text: impl AsRef<str>) -> Self {
-        Self(text.as_ref().trim().to_owned())
-    }
-
-    /// The secret itself.
-    pub fn expose(&self) -> &str {
-        &self.0
-    }
-}
-
-impl std::fmt::Debug for Secret {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("[redacted]")
-    }
-}
-
 /// Whom to join as what.
 #[derive(Debug)]
 pub struct Config {
     /// The control server, `http` or `https`.
     pub login_server: Url,
     /// A key to join with; without one, a person must log in.
-    pub auth_key: Option<Secret>,
+    pub auth_key: Option<AuthKey>,
     /// The name to ask for.
     pub hostname: String,
     /// Tags to ask for, `tag:` included.
@@ -253,6 +234,7 @@ pub fn spawn(config: Config, keys: Keys, events: mpsc::Sender<Event>) -> Handle 
         lock_asked: None,
         heard: None,
         registration: None,
+        minted: None,
         registered: false,
         standing,
         resume: None,
@@ -356,6 +338,8 @@ struct Session {
     heard: Option<Instant>,
     /// An attempt to join that a lost connection does not end.
     registration: Option<Registration>,
+    /// The auth key that an OAuth client made for it.
+    minted: Option<Secret>,
     registered: bool,
     /// What we are to the server while we are not registered.
     standing: Standing,
@@ -445,8 +429,12 @@ impl Session {
     async fn register(&mut self, connection: &Connection) -> Result<(), Failure> {
         let mut pace = Backoff::default();
         let mut registration = self.registration.take().unwrap_or_else(|| {
-            let has_key = self.config.auth_key.is_some();
-            Registration::new(&self.keys, has_key, self.standing)
+            let key = match self.config.auth_key {
+                None => Key::None,
+                Some(AuthKey::Key(_)) => Key::AtHand,
+                Some(AuthKey::Client(_)) => Key::OnDemand,
+            };
+            Registration::new(&self.keys, key, self.standing)
         });
         if let Some(url) = registration.visit() {
             let (url, reason) = (url.to_owned(), registration.reason_to_visit());
@@ -455,11 +443,19 @@ impl Session {
         loop {
             self.keep(|keys| keys.next = registration.next().cloned())
                 .await?;
-            let request = registration.request(
-                self.config.auth_key.as_ref(),
-                self.hostinfo.clone(),
-                self.config.ephemeral,
-            );
+            let key = match self.key_for(&registration).await {
+                Ok(key) => key,
+                Err(NoKey::Refused(words)) => {
+                    registration.key_refused(words);
+                    continue;
+                }
+                Err(NoKey::Away(failure)) => {
+                    self.registration = Some(registration);
+                    return Err(failure);
+                }
+            };
+            let request =
+                registration.request(key.as_ref(), self.hostinfo.clone(), self.config.ephemeral);
             let answer = if registration.visit().is_some() {
                 connection.register(&request).await
             } else {
@@ -472,7 +468,7 @@ impl Session {
                         )))
                     })
             };
-            let answer = match answer {
+            let mut answer = match answer {
                 Ok(answer) => answer,
                 Err(failure) => {
                     // The page may be visited while we are away, and then names these keys.
@@ -480,6 +476,11 @@ impl Session {
                     return Err(failure);
                 }
             };
+            if let Some(key) = &key {
+                answer.error = key.hidden_in(&answer.error);
+            }
+            // Good for one answer.
+            self.minted = None;
             match registration.answer(answer) {
                 Step::Again => {}
                 Step::Lapsed => pace.wait().await,
@@ -512,6 +513,27 @@ impl Session {
                     return self.keep(keep).await;
                 }
             }
+        }
+    }
+
+    /// The key that this attempt is to present, which an OAuth client may have to make first.
+    async fn key_for(&mut self, registration: &Registration) -> Result<Option<Secret>, NoKey> {
+        match &self.config.auth_key {
+            Some(AuthKey::Key(key)) => Ok(Some(key.clone())),
+            Some(AuthKey::Client(client)) if registration.presents_key() => {
+                if self.minted.is_none() {
+                    let Config {
+                        tags,
+                        ephemeral,
+                        tls,
+                        ..
+                    } = &self.config;
+                    self.minted = Some(oauth::mint(client, tags, *ephemeral, tls).await?);
+                    info!("the OAuth client made an auth key for this node");
+                }
+                Ok(self.minted.clone())
+            }
+            _ => Ok(None),
         }
     }
 
@@ -795,7 +817,11 @@ impl Session {
         done.await.map_err(|_| Failure::Unheard)
     }
 
-    async fn report(&mut self, login: Login) -> Result<(), Failure> {
+    async fn report(&mut self, mut login: Login) -> Result<(), Failure> {
+        let keys = self.config.auth_key.iter().map(AuthKey::secret);
+        for key in keys.chain(&self.minted) {
+            hide(key, &mut login);
+        }
         if self.login == login {
             return Ok(());
         }
@@ -805,6 +831,21 @@ impl Session {
 
     async fn tell(&self, event: Event) -> Result<(), Failure> {
         self.events.send(event).await.map_err(|_| Failure::Unheard)
+    }
+}
+
+/// Takes a secret out of a server's words, which may repeat what it was told and go to logs and
+/// terminals.
+fn hide(secret: &Secret, login: &mut Login) {
+    match login {
+        Login::NeedsLogin { reason: words, .. }
+        | Login::Offline { error: words }
+        | Login::Refused { error: words } => *words = secret.hidden_in(words),
+        Login::Starting
+        | Login::NeedsApproval
+        | Login::Running
+        | Login::Expired
+        | Login::Stopped => {}
     }
 }
 
@@ -1065,12 +1106,12 @@ async fn connect(url: &Url, tls: Arc<rustls::ClientConfig>) -> Result<Http, Fail
 }
 
 /// A request without a body to the host of a URL.
-fn get(url: &Url, method: Method, target: &str) -> Result<Request<Empty<Bytes>>, Failure> {
+fn get(url: &Url, method: Method, target: &str) -> Result<Request<Full<Bytes>>, Failure> {
     Request::builder()
         .method(method)
         .uri(target)
         .header(header::HOST, authority(url))
-        .body(Empty::new())
+        .body(Full::default())
         .map_err(retry)
 }
 
@@ -1156,13 +1197,13 @@ mod tests {
             .unwrap()
     }
 
-    fn key(server: &Server, ephemeral: bool) -> Option<Secret> {
+    fn key(server: &Server, ephemeral: bool) -> Option<AuthKey> {
         let spec = KeySpec {
             reusable: true,
             ephemeral,
             ..KeySpec::default()
         };
-        Some(Secret::new(server.create_key(spec).unwrap()))
+        Some(AuthKey::parse(&server.create_key(spec).unwrap()).unwrap())
     }
 
     /// A session and what it told.
@@ -1176,12 +1217,16 @@ mod tests {
     }
 
     impl Client {
-        fn new(url: &Url, hostname: &str, auth_key: Option<Secret>) -> Self {
+        fn new(url: &Url, hostname: &str, auth_key: Option<AuthKey>) -> Self {
             Self::with(Keys::random(), url, hostname, auth_key)
         }
 
-        fn with(keys: Keys, url: &Url, hostname: &str, auth_key: Option<Secret>) -> Self {
-            let config = Config {
+        fn with(keys: Keys, url: &Url, hostname: &str, auth_key: Option<AuthKey>) -> Self {
+            Self::of(keys, Self::config(url, hostname, auth_key))
+        }
+
+        fn config(url: &Url, hostname: &str, auth_key: Option<AuthKey>) -> Config {
+            Config {
                 login_server: url.clone(),
                 auth_key,
                 hostname: hostname.into(),
@@ -1191,7 +1236,10 @@ mod tests {
                 known: false,
                 lock: Lock::Off,
                 tls: dial::tls_config(),
-            };
+            }
+        }
+
+        fn of(keys: Keys, config: Config) -> Self {
             let (events_tx, events) = mpsc::channel(16);
             Self {
                 handle: spawn(config, keys.clone(), events_tx),
@@ -1308,7 +1356,7 @@ mod tests {
     async fn a_wrong_key_is_refused_in_the_servers_words() {
         let state = TempDir::new().unwrap();
         let server = server(&state).await;
-        let mut client = Client::new(server.url(), "a", Some(Secret::new("tskey-wrong")));
+        let mut client = Client::new(server.url(), "a", AuthKey::parse("tskey-wrong").ok());
         client
             .until(|c| matches!(c.login, Login::Refused { .. }))
             .await;
@@ -1317,6 +1365,108 @@ mod tests {
         };
         assert!(error.contains("auth key"), "{error}");
         assert!(!error.contains("tskey-wrong"), "{error}");
+    }
+
+    /// Stands in for Tailscale's API: gives a token, and for it a key of the server's. Tells what it
+    /// was asked, and says no to all once it was told to.
+    async fn api(
+        server: Arc<Server>,
+        open: watch::Receiver<bool>,
+    ) -> (String, mpsc::Receiver<String>) {
+        use tokio::io::{AsyncReadExt, AsyncWriteExt};
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let base = format!("http://{}", listener.local_addr().unwrap());
+        let (asked_tx, asked) = mpsc::channel(16);
+        tokio::spawn(async move {
+            loop {
+                let (mut stream, _) = listener.accept().await.unwrap();
+                let mut text = String::new();
+                let length = |text: &str| {
+                    let (head, body) = text.split_once("\r\n\r\n")?;
+                    let length = head
+                        .to_lowercase()
+                        .split_once("content-length: ")?
+                        .1
+                        .to_owned();
+                    Some(body.len() >= length.lines().next()?.parse().unwrap())
+                };
+                while length(&text) != Some(true) {
+                    let mut chunk = [0; 4096];
+                    let read = stream.read(&mut chunk).await.unwrap();
+                    text += std::str::from_utf8(&chunk[..read]).unwrap();
+                }
+                let (status, body) = match text.split(' ').nth(1).unwrap() {
+                    _ if !*open.borrow() => {
+                        ("401 Unauthorized", r#"{"message":"no such client"}"#.into())
+                    }
+                    "/api/v2/oauth/token" => ("200 OK", r#"{"access_token":"TTTT"}"#.to_owned()),
+                    _ => {
+                        let tags = ["tag:web".to_owned()].into();
+                        let spec = KeySpec {
+                            tags,
+                            ..KeySpec::default()
+                        };
+                        let key = server.create_key(spec).unwrap();
+                        (
+                            "200 OK",
+                            serde_json::json!({ "id": "k", "key": key }).to_string(),
+                        )
+                    }
+                };
+                let length = body.len();
+                let answer = format!("HTTP/1.1 {status}\r\nContent-Length: {length}\r\n\r\n{body}");
+                stream.write_all(answer.as_bytes()).await.unwrap();
+                if asked_tx.send(text).await.is_err() {
+                    return;
+                }
+            }
+        });
+        (base, asked)
+    }
+
+    #[tokio::test]
+    async fn an_oauth_client_makes_a_key_for_each_time_that_a_node_joins() {
+        let state = TempDir::new().unwrap();
+        let server = Arc::new(server(&state).await);
+        let (open_tx, open) = watch::channel(true);
+        let (base, mut asked) = api(server.clone(), open).await;
+        let secret = format!("tskey-client-QQQQ?preauthorized=true&baseURL={base}");
+        let join = |hostname| {
+            let mut config = Client::config(server.url(), hostname, AuthKey::parse(&secret).ok());
+            config.tags = vec!["tag:web".into()];
+            Client::of(Keys::random(), config)
+        };
+        let mut client = join("a");
+        client.running().await;
+        let for_token = asked.recv().await.unwrap();
+        assert!(
+            for_token.contains("client_secret=tskey-client-QQQQ"),
+            "{for_token}"
+        );
+        assert!(!for_token.contains("preauthorized"), "{for_token}");
+        let for_key = asked.recv().await.unwrap().to_lowercase();
+        assert!(for_key.contains("authorization: bearer tttt"), "{for_key}");
+        assert!(for_key.contains(r#""tags":["tag:web"]"#), "{for_key}");
+        assert!(client.netmap.myself.tags.contains(&"tag:web".to_owned()));
+
+        // The first one is used up; nobody must log in.
+        server.expire_node(client.netmap.myself.id).unwrap();
+        let streams = client.streams;
+        client.until(|c| c.streams > streams).await;
+        client.running().await;
+        asked.recv().await.unwrap();
+        asked.recv().await.unwrap();
+
+        open_tx.send_replace(false);
+        let mut refused = join("b");
+        refused
+            .until(|c| matches!(c.login, Login::Refused { .. }))
+            .await;
+        let Login::Refused { error } = &refused.login else {
+            unreachable!()
+        };
+        assert!(error.contains("no such client"), "{error}");
+        assert!(!error.contains("QQQQ"), "{error}");
     }
 
     #[tokio::test]
@@ -1413,7 +1563,7 @@ mod tests {
     async fn a_node_that_an_expired_key_would_let_back_in_asks_a_person() {
         let state = TempDir::new().unwrap();
         let server = server(&state).await;
-        let once = Secret::new(server.create_key(KeySpec::default()).unwrap());
+        let once = AuthKey::parse(&server.create_key(KeySpec::default()).unwrap()).unwrap();
         let mut client = Client::new(server.url(), "a", Some(once));
         client.running().await;
         let (old, address) = (client.keys.clone(), client.netmap.myself.addresses.clone());
@@ -1446,10 +1596,20 @@ mod tests {
     }
 
     #[test]
-    fn secrets_do_not_print() {
-        let secret = Secret::new("tskey-auth-1\n");
-        assert_eq!(format!("{secret:?}"), "[redacted]");
-        assert_eq!(secret.expose(), "tskey-auth-1");
+    fn a_server_that_repeats_the_key_does_not_show_it() {
+        let words = || "no key tskey-auth-QQQQ".to_owned();
+        for mut login in [
+            Login::NeedsLogin {
+                url: "https://a".into(),
+                reason: words(),
+            },
+            Login::Offline { error: words() },
+            Login::Refused { error: words() },
+        ] {
+            hide(&Secret::new("tskey-auth-QQQQ"), &mut login);
+            let shown = format!("{login:?}");
+            assert!(shown.contains("no key [redacted]"), "{shown}");
+        }
     }
 
     #[test]

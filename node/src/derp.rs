@@ -19,7 +19,7 @@ use std::{
 use bytes::Bytes;
 use futures_util::{SinkExt, StreamExt};
 use http::{HeaderValue, Request, header};
-use http_body_util::Empty;
+use http_body_util::Full;
 use hyper::upgrade::Upgraded;
 use hyper_util::rt::TokioIo;
 use rustls::{
@@ -536,7 +536,7 @@ impl Operator {
             .header(header::HOST, &node.host_name)
             .header(header::UPGRADE, HeaderValue::from_static(wire::UPGRADE))
             .header(header::CONNECTION, HeaderValue::from_static("Upgrade"))
-            .body(Empty::new())
+            .body(Full::default())
             .map_err(|error| dial::Error::Http(error.to_string()))?;
         let upgraded = Http::open(stream).await?.upgrade(request).await?;
         let mut wire = Framed::new(upgraded, Codec);
@@ -810,7 +810,7 @@ mod tests {
     use tempfile::TempDir;
 
     use super::*;
-    use crate::{control, state::Keys};
+    use crate::{auth_key::AuthKey, control, state::Keys};
 
     /// Waiting for longer is a failure of the test, not of the relay.
     const PATIENCE: Duration = Duration::from_secs(30);
@@ -846,7 +846,7 @@ mod tests {
         let spec = KeySpec::default();
         let config = control::Config {
             login_server: server.url().clone(),
-            auth_key: Some(control::Secret::new(server.create_key(spec).unwrap())),
+            auth_key: Some(AuthKey::parse(&server.create_key(spec).unwrap()).unwrap()),
             hostname: "member".into(),
             tags: Vec::new(),
             routes: Vec::new(),

@@ -10,7 +10,7 @@ use std::{
 
 use bytes::Bytes;
 use http::{Request, Response, StatusCode};
-use http_body_util::{BodyExt, Empty, Limited};
+use http_body_util::{BodyExt, Full, Limited};
 use hyper::{body::Incoming, client::conn::http1, upgrade::Upgraded};
 use hyper_util::rt::TokioIo;
 use rustls::{ClientConfig, RootCertStore, pki_types::ServerName};
@@ -222,7 +222,7 @@ pub async fn tls(
 
 /// An HTTP/1.1 connection. It closes when dropped.
 pub struct Http {
-    sender: http1::SendRequest<Empty<Bytes>>,
+    sender: http1::SendRequest<Full<Bytes>>,
     _connection: AbortOnDropHandle<()>,
 }
 
@@ -245,14 +245,22 @@ impl Http {
         self.sender.ready().await.is_ok()
     }
 
-    /// Sends a request without a body; anything but the status hoped for is an error.
+    /// Sends a request, whatever the answer.
+    pub async fn ask(
+        &mut self,
+        request: Request<Full<Bytes>>,
+    ) -> Result<Response<Incoming>, Error> {
+        Ok(self.sender.send_request(request).await?)
+    }
+
+    /// Sends a request; anything but the status hoped for is an error.
     pub async fn send(
         &mut self,
-        request: Request<Empty<Bytes>>,
+        request: Request<Full<Bytes>>,
         hoped: StatusCode,
     ) -> Result<Response<Incoming>, Error> {
         let path = request.uri().path().to_owned();
-        let response = self.sender.send_request(request).await?;
+        let response = self.ask(request).await?;
         if response.status() == hoped {
             Ok(response)
         } else {
@@ -263,7 +271,7 @@ impl Http {
     /// Sends a request to switch protocols, and returns what lies behind.
     pub async fn upgrade(
         mut self,
-        request: Request<Empty<Bytes>>,
+        request: Request<Full<Bytes>>,
     ) -> Result<TokioIo<Upgraded>, Error> {
         let response = self.send(request, StatusCode::SWITCHING_PROTOCOLS).await?;
         Ok(TokioIo::new(hyper::upgrade::on(response).await?))

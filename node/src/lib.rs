@@ -4,6 +4,7 @@
 //! to its peers and moves packets until it is stopped or the device's network namespace dies.
 
 mod addresses;
+mod auth_key;
 mod clock;
 mod control;
 mod derp;
@@ -26,10 +27,11 @@ mod state;
 mod status;
 mod udp;
 
+pub use auth_key::{AuthKey, BadKey, OauthClient, Secret};
 pub use device::Offload;
 pub use dns::Zone;
 pub use neighbours::Neighbours;
-pub use node::{Config, Error, Identity, Node, Reach, Secret, forget};
+pub use node::{Config, Error, Identity, Node, Reach, forget};
 pub use routes::{ExitNode, Preferences as RoutePreferences, Status as RouteStatus};
 pub use segment::Segment;
 pub use state::{Error as StateError, export, import, remove};

@@ -25,9 +25,9 @@ use tokio::{
 use tracing::{Instrument, debug, info, warn};
 use url::Url;
 
-pub use crate::control::Secret;
 use crate::{
     addresses::{Addresses, Watch},
+    auth_key::AuthKey,
     clock::{Clock, Latest},
     control, derp,
     device::{Closed, Device, Offload, PACKET_ROOM},
@@ -82,8 +82,8 @@ pub struct Config {
     pub state_dir: PathBuf,
     /// The control server.
     pub login_server: Url,
-    /// A key to join with; a known node needs none.
-    pub auth_key: Option<Secret>,
+    /// What to join with; a known node needs nothing.
+    pub auth_key: Option<AuthKey>,
     /// The name to ask for.
     pub hostname: String,
     /// Tags to ask for, `tag:` included.
@@ -141,6 +141,12 @@ pub enum Error {
         /// Why it failed.
         source: io::Error,
     },
+    /// It joins by an OAuth client, which makes keys only for tagged nodes.
+    #[error(
+        "an OAuth client makes auth keys for tagged nodes only: give the network or the container \
+         tags that the client owns, `tags=tag:NAME`"
+    )]
+    NoTags,
     /// The control server refused it for good.
     #[error("the control server {server} refused the node: {reason}")]
     Refused {
@@ -151,7 +157,7 @@ pub enum Error {
     },
     /// A person must log in first.
     #[error(
-        "log in first{}{reason}: open {url} and start the container again",
+        "log in{}{reason}: open {url}",
         if reason.is_empty() { "" } else { ", " }
     )]
     NeedsLogin {
@@ -169,9 +175,7 @@ pub enum Error {
         server: Url,
     },
     /// An administrator must approve it.
-    #[error(
-        "the node waits for approval: approve it in the admin console of {server} and start the container again"
-    )]
+    #[error("the node waits for approval: approve it in the admin console of {server}")]
     NeedsApproval {
         /// The control server's URL.
         server: Url,
@@ -268,6 +272,9 @@ impl Node {
     /// Starts a node. Returns once its state and sockets are open, without waiting for the network.
     pub async fn start(config: Config) -> Result<Self, Error> {
         let kernel = |doing| move |source| Error::Kernel { doing, source };
+        if config.tags.is_empty() && config.auth_key.as_ref().is_some_and(AuthKey::needs_tags) {
+            return Err(Error::NoTags);
+        }
         let store = Store::open(&config.state_dir, &config.login_server)?;
         let ran_until = store.latest();
         let mut keys = store.keys()?;
@@ -381,6 +388,7 @@ impl Node {
             rx_bytes: 0,
             tx_bytes: 0,
             segment: None,
+            joining: None,
         };
         let is_saved = saved.is_some();
         task.netmap = saved.unwrap_or_default();
@@ -548,7 +556,7 @@ impl Node {
     }
 
     /// Takes an address in a network of this host, where it reaches the other members without the
-    /// tailnet but under its policy. IPv4 only; the node must be ready.
+    /// tailnet but under its policy, once it has one in the tailnet. IPv4 only.
     pub async fn join(&self, segment: Segment, address: IpNet) {
         // A stopped node is a member of nothing.
         let _ = self.commands.send(Command::Join(segment, address)).await;
@@ -603,6 +611,8 @@ struct Task {
     rx_bytes: u64,
     tx_bytes: u64,
     segment: Option<Membership>,
+    /// What it is to join once it has an address in the tailnet.
+    joining: Option<(Segment, IpNet)>,
 }
 
 struct Inputs {
@@ -908,7 +918,10 @@ impl Task {
 
     fn join(&mut self, segment: Segment, address: IpNet) {
         let Some(tailnet) = self.ipv4() else {
-            warn!(%address, "no IPv4 address in the tailnet, so none in the host's network");
+            if !self.identity().addresses.is_empty() {
+                warn!(%address, "no IPv4 address in the tailnet, so none in the host's network");
+            }
+            self.joining = Some((segment, address));
             return;
         };
         let door = Arc::downgrade(&self.door);
@@ -1200,9 +1213,13 @@ impl Task {
         }
         if changes.myself
             && let Some(tailnet) = self.ipv4()
-            && let Some(membership) = &mut self.segment
         {
-            membership.follow(tailnet);
+            if let Some(membership) = &mut self.segment {
+                membership.follow(tailnet);
+            }
+            if let Some((segment, address)) = self.joining.take() {
+                self.join(segment, address);
+            }
         }
         self.known.send_if_modified(|known| {
             let changed = known.identity.as_ref() != Some(&identity) || known.live != live;

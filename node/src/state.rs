@@ -20,7 +20,7 @@ use tailnode_wire::keys::{
 use tracing::{info, warn};
 use url::Url;
 
-use crate::{control::Secret, file, netmap::Netmap};
+use crate::{auth_key::Secret, file, netmap::Netmap};
 
 /// The keys that make a node itself. Their file's time of modification is that of
 /// [`Store::save_latest`].

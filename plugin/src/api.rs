@@ -24,6 +24,7 @@ use rustix::net::{
     socket_with,
 };
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use tailnode_node::Secret;
 use tailnode_tun::Interface;
 
 use crate::{Error, options::Told};
@@ -47,7 +48,8 @@ pub fn socket_path() -> PathBuf {
 #[serde(tag = "op", rename_all = "kebab-case")]
 pub enum Request {
     /// Give the device of Podman's container, which comes along, a node. Answered with
-    /// [`Response::Attached`] when the node has its addresses. To ask again for the same device
+    /// [`Response::Attached`] when the node has its addresses and the device is in the container,
+    /// where the client takes it meanwhile. To ask again for the same device
     /// is harmless; for another device, the earlier node is stopped first. A client that is gone
     /// when the answer comes did not set the device up: its node is stopped.
     Attach {
@@ -83,6 +85,14 @@ pub enum Request {
     },
     /// All containers with a node.
     Status,
+    /// Keep an auth key for the nodes that join this network from now on; `None`: forget it.
+    Login {
+        /// The network's name.
+        network: String,
+        /// The key.
+        #[serde(with = "exposed")]
+        key: Option<Secret>,
+    },
     /// What holds for a container on each of its networks, and who set it. Answered with
     /// [`Response::Explained`].
     Explain {
@@ -120,6 +130,26 @@ pub enum Request {
         /// The container's name, or the beginning of its id.
         container: String,
     },
+}
+
+/// A secret as it is written on the socket, which is root's alone, and nowhere else.
+mod exposed {
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+    use tailnode_node::Secret;
+
+    pub fn serialize<S: Serializer>(
+        secret: &Option<Secret>,
+        serializer: S,
+    ) -> Result<S::Ok, S::Error> {
+        secret.as_ref().map(Secret::expose).serialize(serializer)
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(
+        deserializer: D,
+    ) -> Result<Option<Secret>, D::Error> {
+        let text = Option::<String>::deserialize(deserializer)?;
+        Ok(text.map(Secret::new))
+    }
 }
 
 /// The daemon's answer.
@@ -219,7 +249,58 @@ pub fn call(
     device: Option<BorrowedFd>,
     timeout: Duration,
 ) -> Result<Response, Error> {
-    let unanswered = |cause: io::Error| Error::Unanswered {
+    ask(socket, request, device, timeout)?.answer()
+}
+
+/// Asks the daemon at `socket`, whose answer is to be there within `timeout`. Blocks for a moment.
+pub fn ask(
+    socket: &Path,
+    request: &Request,
+    device: Option<BorrowedFd>,
+    timeout: Duration,
+) -> Result<Asked, Error> {
+    let stream = connect(socket, timeout).map_err(|cause| match cause.kind() {
+        io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => Error::NotRunning {
+            socket: socket.to_owned(),
+        },
+        io::ErrorKind::PermissionDenied => Error::Denied {
+            socket: socket.to_owned(),
+        },
+        _ => unanswered(socket, timeout, cause),
+    })?;
+    let asked = Asked {
+        stream,
+        socket: socket.to_owned(),
+        timeout,
+        deadline: Instant::now() + timeout,
+    };
+    send(&asked.stream, request, device, asked.deadline)
+        .map_err(|cause| unanswered(socket, timeout, cause))?;
+    Ok(asked)
+}
+
+/// A request that the daemon is at. To drop it is to leave before the answer.
+#[derive(Debug)]
+pub struct Asked {
+    stream: UnixStream,
+    socket: PathBuf,
+    timeout: Duration,
+    deadline: Instant,
+}
+
+impl Asked {
+    /// Waits for the answer. Blocks.
+    pub fn answer(self) -> Result<Response, Error> {
+        let received = receive(&self.stream, self.deadline);
+        match received.map_err(|cause| unanswered(&self.socket, self.timeout, cause))? {
+            (Response::Error { message }, _) => Err(Error::Daemon { message }),
+            (response, _) => Ok(response),
+        }
+    }
+}
+
+fn unanswered(socket: &Path, timeout: Duration, cause: io::Error) -> Error {
+    Error::Unanswered {
         socket: socket.to_owned(),
         cause: match cause.kind() {
             // What the kernel calls a timeout.
@@ -228,22 +309,6 @@ pub fn call(
             }
             _ => cause,
         },
-    };
-    let stream = connect(socket, timeout).map_err(|cause| match cause.kind() {
-        io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => Error::NotRunning {
-            socket: socket.to_owned(),
-        },
-        io::ErrorKind::PermissionDenied => Error::Denied {
-            socket: socket.to_owned(),
-        },
-        _ => unanswered(cause),
-    })?;
-    let deadline = Instant::now() + timeout;
-    send(&stream, request, device, deadline).map_err(unanswered)?;
-    let (response, _) = receive(&stream, deadline).map_err(unanswered)?;
-    match response {
-        Response::Error { message } => Err(Error::Daemon { message }),
-        response => Ok(response),
     }
 }
 
@@ -332,8 +397,13 @@ pub(crate) fn receive<T: DeserializeOwned>(
             return Err(invalid("the message is longer than 1 MiB"));
         }
     }
-    let message = serde_json::from_slice(&line)
-        .map_err(|error| invalid(&format!("the message is not of this version: {error}")))?;
+    // The cause is not told in full: it would quote what it fails on, which may be a secret.
+    let message = serde_json::from_slice(&line).map_err(|error| {
+        invalid(&format!(
+            "the message is not of this version (from its {}. byte on)",
+            error.column()
+        ))
+    })?;
     Ok((message, device))
 }
 
@@ -390,6 +460,15 @@ mod tests {
             serde_json::to_string(&Request::Status).unwrap(),
             r#"{"op":"status"}"#
         );
+        let login = Request::Login {
+            network: "tn1".into(),
+            key: Some(Secret::new("tskey-auth-QQQQ")),
+        };
+        assert_eq!(
+            serde_json::to_string(&login).unwrap(),
+            r#"{"op":"login","network":"tn1","key":"tskey-auth-QQQQ"}"#
+        );
+        assert!(!format!("{login:?}").contains("QQQQ"));
         assert_eq!(
             serde_json::to_string(&Response::Ok).unwrap(),
             r#"{"result":"ok"}"#
@@ -450,6 +529,21 @@ mod tests {
         drop((device, writer, ours, theirs));
         // It ends when the last copy of its other end is closed.
         assert_eq!(reader.read_to_end(&mut Vec::new()).unwrap(), 0);
+    }
+
+    #[test]
+    fn what_cannot_be_read_is_not_repeated() {
+        for line in [
+            r#"{"op":"tskey-auth-QQQQ"}"#,
+            r#"{"op":"login","network":"a","key":["tskey-auth-QQQQ"]}"#,
+            r#"{"op":"attach","network_options":"tskey-auth-QQQQ"}"#,
+            "tskey-auth-QQQQ",
+        ] {
+            let (mut ours, theirs) = UnixStream::pair().unwrap();
+            ours.write_all(format!("{line}\n").as_bytes()).unwrap();
+            let error = receive::<Request>(&theirs, soon()).unwrap_err();
+            assert!(!format!("{error} {error:?}").contains("QQQQ"), "{error}");
+        }
     }
 
     #[test]
@@ -542,7 +636,8 @@ mod tests {
             let request = Request::Attach {
                 container_id, container_name, network_id, network_name,
                 network_options: options.clone(),
-                endpoint_options: options,
+                endpoint_options: options.clone(),
+                annotations: options,
             };
             let (ours, theirs) = UnixStream::pair().unwrap();
             send(&ours, &request, None, soon()).unwrap();

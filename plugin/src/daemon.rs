@@ -30,6 +30,7 @@ use crate::{
     interface::blocking,
     options::Layer,
     podman,
+    secrets::Secrets,
 };
 
 /// For an attach from beginning to end: with the engine's own work before and after, a start fails
@@ -109,7 +110,13 @@ pub async fn run(settings: Settings) -> Result<(), Error> {
     let (docker_listener, docker_file) =
         listen(settings.docker_plugin_dir.join("tailscale.sock")).await?;
 
-    let endpoints = Arc::new(Endpoints::new(nodes, defaults, settings.offload.into())?);
+    let secrets = Secrets::new(
+        settings.state.join("keys"),
+        std::env::var_os("CREDENTIALS_DIRECTORY").map(PathBuf::from),
+        settings.podman_db.with_file_name("secrets"),
+    );
+    let endpoints = Endpoints::new(nodes, defaults, secrets, settings.offload.into())?;
+    let endpoints = Arc::new(endpoints);
     let plugin = Plugin::new(endpoints.clone(), settings.docker_socket);
     let shims = Arc::new(Shims {
         endpoints: endpoints.clone(),
@@ -208,11 +215,11 @@ impl Shims {
         sent
     }
 
+    /// The name of a container; of one that Podman does not know, its short id.
     async fn podman_name(&self, container_id: &str) -> String {
         let (database, id) = (self.podman_db.clone(), container_id.to_owned());
-        blocking(move || podman::name(&database, &id))
-            .await
-            .unwrap_or_else(|| short_id(container_id))
+        let name = blocking(move || podman::name(&database, &id)).await;
+        name.unwrap_or_else(|| container_id.get(..12).unwrap_or(container_id).to_owned())
     }
 
     /// Does what is asked; a node that was made ready for it is also put into `ready`.
@@ -284,6 +291,10 @@ impl Shims {
                 self.endpoints.detach(&key).await;
                 Ok(Response::Ok)
             }
+            Request::Login { network, key } => {
+                self.endpoints.login(network, key).await?;
+                Ok(Response::Ok)
+            }
             Request::Explain { container } => {
                 Ok(Response::Explained(self.endpoints.explain(&container)?))
             }
@@ -313,11 +324,6 @@ impl Shims {
             Request::Status => Ok(Response::Status(self.endpoints.status().await)),
         }
     }
-}
-
-/// A name for a container that Podman does not know.
-fn short_id(container_id: &str) -> String {
-    container_id.get(..12).unwrap_or(container_id).to_owned()
 }
 
 fn podman_key(container_id: String, network_id: String) -> Key {
@@ -442,6 +448,8 @@ fn notify(state: &str) {
 mod tests {
     use std::{collections::BTreeMap, fs::File, os::fd::AsFd};
 
+    use tailnode_node::Secret;
+
     use super::*;
 
     /// The shims' socket in a directory, and what was called on it.
@@ -456,7 +464,9 @@ mod tests {
         let config = directory.path().join("config.toml");
         fs::write(&config, "lock = 'exit-node'").unwrap();
         let defaults = Layer::of_file(&config).unwrap();
-        let endpoints = Arc::new(Endpoints::new(nodes, defaults, Offload::All.into()).unwrap());
+        let secrets = Secrets::new(directory.path().join("keys"), None, "/nonexistent".into());
+        let endpoints = Endpoints::new(nodes, defaults, secrets, Offload::All.into());
+        let endpoints = Arc::new(endpoints.unwrap());
         let podman_db = directory.path().join("db.sql");
         let server = tokio::spawn(
             Arc::new(Shims {
@@ -489,6 +499,7 @@ mod tests {
             network_name: "tailnet".into(),
             network_options,
             endpoint_options: BTreeMap::new(),
+            annotations: BTreeMap::new(),
         }
     }
 
@@ -509,6 +520,37 @@ mod tests {
                 call(Request::Status, None).unwrap(),
                 Response::Status(Vec::new())
             );
+        })
+        .await;
+    }
+
+    #[tokio::test]
+    async fn a_login_is_kept_and_forgotten() {
+        let login = |key: Option<&str>| Request::Login {
+            network: "tailnet".into(),
+            key: key.map(Secret::new),
+        };
+        let (directory, ()) = with_daemon(move |call| {
+            assert_eq!(
+                call(login(Some("tskey-auth-QQQQ")), None).unwrap(),
+                Response::Ok
+            );
+            let bad = call(login(Some("QQQQ QQQQ")), None)
+                .unwrap_err()
+                .to_string();
+            assert!(
+                bad.contains("no auth key") && !bad.contains("QQQQ"),
+                "{bad}"
+            );
+        })
+        .await;
+        let kept = fs::read_to_string(directory.path().join("keys/tailnet")).unwrap();
+        assert_eq!(kept, "tskey-auth-QQQQ");
+        with_daemon(move |call| {
+            let none = call(login(None), None).unwrap_err().to_string();
+            assert!(none.contains("no auth key is kept"), "{none}");
+            call(login(Some("tskey-auth-QQQQ")), None).unwrap();
+            assert_eq!(call(login(None), None).unwrap(), Response::Ok);
         })
         .await;
     }
@@ -564,8 +606,13 @@ mod tests {
         let (listener, file) = listen(directory.path().join("s.sock")).await.unwrap();
         let shims = Arc::new(Shims {
             endpoints: Arc::new(
-                Endpoints::new("/nonexistent".into(), Layer::default(), Offload::All.into())
-                    .unwrap(),
+                Endpoints::new(
+                    "/nonexistent".into(),
+                    Layer::default(),
+                    Secrets::new("/nonexistent".into(), None, "/nonexistent".into()),
+                    Offload::All.into(),
+                )
+                .unwrap(),
             ),
             podman_db: "/nonexistent/db.sql".into(),
         });

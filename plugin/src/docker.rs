@@ -310,8 +310,13 @@ async fn answer(
 
 /// Docker does not always say that its bodies are JSON.
 fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, Error> {
-    serde_json::from_slice(body).map_err(|cause| Error::Message {
-        cause: cause.into(),
+    serde_json::from_slice(body).map_err(|error| Error::Message {
+        // Without serde's own words: they quote what they fail on, which may be a secret.
+        cause: std::io::Error::other(format!(
+            "it is no request of Docker's, from line {} column {} on",
+            error.line(),
+            error.column()
+        )),
     })
 }
 
@@ -334,6 +339,7 @@ mod tests {
     use tokio::net::{UnixListener, UnixStream};
 
     use super::*;
+    use crate::secrets::Secrets;
 
     /// A plugin on a socket, for a Docker that is not there.
     struct Served {
@@ -346,6 +352,7 @@ mod tests {
         let endpoints = Endpoints::new(
             directory.path().join("nodes"),
             Layer::default(),
+            Secrets::new("/nonexistent".into(), None, "/nonexistent".into()),
             tailnode_node::Offload::All,
         )
         .unwrap();

@@ -11,7 +11,7 @@ use std::{
 };
 
 use ipnet::IpNet;
-use tailnode_node::{Login, Neighbours, Node, Offload, RoutePreferences, Segment, Zone};
+use tailnode_node::{Login, Neighbours, Node, Offload, RoutePreferences, Secret, Segment, Zone};
 use tailnode_tun::{Exit, Interface, Netns};
 use tokio::{
     task::{AbortHandle, JoinSet},
@@ -24,7 +24,8 @@ use crate::{
     api::{ContainerStatus, Engine, Explained, is_called},
     identities::{Identities, Identity, Kept, User},
     interface::{self, Device, Wanted, blocking},
-    options::{self, Layer, Told, settle},
+    options::{self, Layer, Settled, Surface, Told, settle},
+    secrets::{Found, Secrets},
 };
 
 /// How long a detach is waited for. A node that cannot reach its control server to log out goes on
@@ -68,7 +69,7 @@ pub(crate) struct Guest {
 
 /// The device that its node serves.
 pub(crate) enum Tun {
-    /// In the container already.
+    /// In the container already, or on its way there.
     Given(OwnedFd),
     /// To be made here under this name; the engine moves it.
     Make(String),
@@ -86,6 +87,7 @@ pub(crate) struct Ready {
 /// The nodes of all the host's containers.
 pub(crate) struct Endpoints {
     defaults: Layer,
+    secrets: Arc<Secrets>,
     identities: Identities,
     host: (u64, u64),
     /// All nodes of this daemon.
@@ -174,6 +176,8 @@ struct Endpoint {
     node: Node,
     login_server: Url,
     ephemeral: bool,
+    /// Whether the container does not start before somebody has let its node in.
+    requires_login: bool,
     accepts_dns: bool,
     routes: RoutePreferences,
     exit: Exit,
@@ -199,10 +203,12 @@ impl Endpoints {
     pub(crate) fn new(
         directory: PathBuf,
         defaults: Layer,
+        secrets: Secrets,
         offload: Offload,
     ) -> Result<Self, Error> {
         Ok(Endpoints {
             defaults,
+            secrets: Arc::new(secrets),
             identities: Identities::new(directory),
             host: Netns::current()?.id(),
             neighbours: Neighbours::default(),
@@ -271,11 +277,7 @@ impl Endpoints {
         match ready {
             Ok(ready) => Ok(ready),
             Err(error) => {
-                if let Error::Node(
-                    tailnode_node::Error::NeedsLogin { .. }
-                    | tailnode_node::Error::NeedsApproval { .. },
-                ) = error
-                {
+                if let Error::LoginRequired { .. } = error {
                     let status = endpoint.status().await;
                     self.state().waiting.push((status, Instant::now()));
                 }
@@ -295,10 +297,17 @@ impl Endpoints {
         deadline: Instant,
     ) -> Result<Arc<Endpoint>, Error> {
         let settled = settle(std::iter::once(&self.defaults).chain(&guest.layers))?;
+        let found = self.auth_key(&guest.network_name, &settled).await?;
+        let says_ephemeral = settled.surface("ephemeral").is_some();
         let (options, mut told) = (settled.options, settled.told);
         let login_server = options.login_server()?;
-        let auth_key = options.read_auth_key()?;
-        let (ephemeral, accepts_dns) = (options.ephemeral, options.accepts_dns());
+        // The secret of an OAuth client may say so too.
+        let ephemeral = match found.as_ref().and_then(|found| found.key.ephemeral()) {
+            Some(ephemeral) if !says_ephemeral => ephemeral,
+            _ => options.ephemeral,
+        };
+        let accepts_dns = options.accepts_dns();
+        let requires_login = options.require_login;
         let (routes, exit) = (options.routes()?, options.exit());
         let hostname = options
             .hostname
@@ -320,6 +329,12 @@ impl Endpoints {
                 deadline,
             )
             .await?;
+        if found.as_ref().is_some_and(|found| found.by_login)
+            && let Some(told) = told.iter_mut().find(|told| told.key == "auth-key")
+        {
+            told.value = "kept by tailnoded".into();
+            told.origin = format!("tailnode login {}", guest.network_name);
+        }
         for told in told.iter_mut().filter(|told| told.key == "hostname") {
             if identity.hostname != hostname {
                 told.origin += &format!(", where {hostname} is in use");
@@ -355,7 +370,7 @@ impl Endpoints {
         let started = Node::start(tailnode_node::Config {
             state_dir: identity.directory.clone(),
             login_server: login_server.clone(),
-            auth_key,
+            auth_key: found.map(|found| found.key),
             hostname: identity.hostname.clone(),
             tags: options.tags,
             routes: routes.clone(),
@@ -382,6 +397,7 @@ impl Endpoints {
             node,
             login_server,
             ephemeral,
+            requires_login,
             accepts_dns,
             routes,
             exit,
@@ -426,6 +442,36 @@ impl Endpoints {
         }
     }
 
+    /// What nodes of this network join with.
+    async fn auth_key(&self, network: &str, settled: &Settled) -> Result<Option<Found>, Error> {
+        let secrets = self.secrets.clone();
+        let network = network.to_owned();
+        let set = settled.options.auth_key.clone();
+        let (own, host) = match settled.surface("auth-key") {
+            Some(Surface::File) => (None, set),
+            _ => (set, None),
+        };
+        blocking(move || secrets.find(&network, own.as_ref(), host.as_ref())).await
+    }
+
+    /// Keeps an auth key for the nodes that join a network from now on, or forgets it.
+    pub(crate) async fn login(&self, network: String, key: Option<Secret>) -> Result<(), Error> {
+        let secrets = self.secrets.clone();
+        blocking(move || match key {
+            Some(key) => {
+                secrets.keep(&network, &key)?;
+                tracing::info!(network, "keeping an auth key");
+                Ok(())
+            }
+            None if secrets.forget(&network)? => {
+                tracing::info!(network, "forgot the auth key");
+                Ok(())
+            }
+            None => Err(Error::NoLogin { network }),
+        })
+        .await
+    }
+
     async fn make_ready(
         self: &Arc<Self>,
         endpoint: &Arc<Endpoint>,
@@ -445,7 +491,31 @@ impl Endpoints {
             let network_id = guest.key.network_id.clone();
             state.segments.entry(network_id).or_default().clone()
         };
-        let identity = ready?;
+        let identity = match ready {
+            Ok(identity) => identity,
+            Err(
+                cause @ (tailnode_node::Error::NeedsLogin { .. }
+                | tailnode_node::Error::NeedsApproval { .. }),
+            ) => {
+                if endpoint.requires_login {
+                    return Err(Error::LoginRequired { cause });
+                }
+                // A person can let it in while the container runs.
+                tracing::warn!(
+                    container = guest.container_name,
+                    network = guest.network_name,
+                    "the container starts without the tailnet: {cause}"
+                );
+                tailnode_node::Identity::default()
+            }
+            Err(error) => return Err(error.into()),
+        };
+        let tun = endpoint.held().tun.clone();
+        if guest.key.engine == Engine::Podman
+            && let Some(tun) = tun
+        {
+            self.device(endpoint, tun).moved(deadline).await?;
+        }
         self.introduce(guest.key.engine, &guest.container_id).await;
         if let Some(address) = guest.address
             && !mem::replace(&mut endpoint.held().joined, true)
@@ -882,8 +952,13 @@ mod tests {
     #[tokio::test]
     async fn a_container_that_is_detached_while_it_waits_gets_no_node() {
         let directory = tempfile::tempdir().unwrap();
-        let all =
-            Endpoints::new(directory.path().to_owned(), Layer::default(), Offload::All).unwrap();
+        let all = Endpoints::new(
+            directory.path().to_owned(),
+            Layer::default(),
+            Secrets::new("/nonexistent".into(), None, "/nonexistent".into()),
+            Offload::All,
+        )
+        .unwrap();
         let all = Arc::new(all);
         let soon = Instant::now() + Duration::from_secs(60);
         let user = User {

@@ -70,6 +70,16 @@ pub enum Error {
         what: &'static str,
     },
 
+    /// An auth key where the name of an option should be. Holds nothing of it.
+    #[error(
+        "an auth key {place}, where an option's name should be: revoke it, since `inspect` shows \
+         it, and give a new one to `tailnode login NETWORK`, which asks for it"
+    )]
+    KeyForOption {
+        /// Where it was given.
+        place: String,
+    },
+
     /// An option in a place where it is not taken.
     #[error("`{key}` cannot be set {place}: {advice}")]
     MisplacedOption {
@@ -129,16 +139,29 @@ pub enum Error {
         cause: io::Error,
     },
 
-    /// The file with the auth key cannot be read.
-    #[error(
-        "cannot read the auth key in {}: {cause}; put one there with \
-         `install -m 600 /dev/stdin {}`", path.display(), path.display()
-    )]
+    /// The auth key is not where it should be. Never holds anything of it.
+    #[error("cannot use the auth key {place}: {reason}; {advice}")]
     AuthKey {
-        /// The file.
-        path: PathBuf,
+        /// Where it should be.
+        place: String,
         /// What is wrong with it.
-        cause: io::Error,
+        reason: String,
+        /// What to do.
+        advice: String,
+    },
+
+    /// What `tailnode login` was given is no auth key. Never holds anything of it.
+    #[error("this is no auth key, and none was kept: {reason}")]
+    BadLogin {
+        /// What is wrong with it.
+        reason: String,
+    },
+
+    /// `tailnode login --remove` of what is not there.
+    #[error("no auth key is kept for a network called {network}")]
+    NoLogin {
+        /// What was given.
+        network: String,
     },
 
     /// A second daemon.
@@ -235,6 +258,20 @@ pub enum Error {
     /// A node's state cannot be used.
     #[error(transparent)]
     State(#[from] tailnode_node::StateError),
+
+    /// A person must let the node in, and the container is not to start before that.
+    #[error("{cause}; then start the container again (the option `require-login` is set)")]
+    LoginRequired {
+        /// Who must do what.
+        cause: tailnode_node::Error,
+    },
+
+    /// The shim's device is not where it belongs.
+    #[error(
+        "the container's device was not put into its network namespace in time: start the container \
+         again, and see what the engine says"
+    )]
+    DeviceNotMoved,
 
     /// The node could not start or did not get ready.
     #[error(transparent)]

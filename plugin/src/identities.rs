@@ -514,7 +514,7 @@ fn unwritable(error: serde_json::Error) -> Error {
 
 /// A file name that no other network's name gives: what is not a letter, digit, hyphen,
 /// underscore or inner dot becomes %XX.
-fn file_name(name: &str) -> String {
+pub(crate) fn file_name(name: &str) -> String {
     let mut file_name = String::new();
     for (position, byte) in name.bytes().enumerate() {
         match byte {

@@ -132,8 +132,15 @@ impl Device {
             Engine::Podman => {
                 let name = tailnode_tun::device_name(self.tun.as_fd())?;
                 match index_of(&name) {
-                    // The first has routes of its own only to subnets.
-                    Some(index) if index > 0 || self.accepts_routes => (index, &[100, 2000]),
+                    // The first has routes of its own only to subnets. One without an address may
+                    // have been let in meanwhile.
+                    Some(index)
+                        if index > 0
+                            || self.accepts_routes
+                            || reach.borrow().addresses.is_empty() =>
+                    {
+                        (index, &[100, 2000])
+                    }
                     Some(index) => (index, &[]),
                     None => return Ok(()),
                 }
@@ -181,6 +188,21 @@ impl Device {
             blocking(move || tailnode_tun::release(&netns, &name, index)).await?;
         }
         Ok(())
+    }
+
+    /// Waits until the shim has taken the device into the container: it tells of it first, because to
+    /// move a device takes a kernel as long as a node takes to start.
+    pub(crate) async fn moved(&self, deadline: Instant) -> Result<(), Error> {
+        loop {
+            let place = self.place().await?;
+            if place.is_some_and(|(_, name)| index_of(&name).is_some()) {
+                return Ok(());
+            }
+            if Instant::now() >= deadline {
+                return Err(Error::DeviceNotMoved);
+            }
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
     }
 
     /// Waits until Docker has moved the device into its container, renamed it, given it Docker's

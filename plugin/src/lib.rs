@@ -2,7 +2,7 @@
 //! engines' shims and the command line talk to it.
 //!
 //! [`shim`] and [`api`] are all that a shim needs: they block and bring no runtime. [`daemon`] is the program.
-//! In between, [`options`] decides who a container's node is, the endpoints say which container
+//! In between, [`options`] decides who a container's node is, [`secrets`] what it joins with, the endpoints say which container
 //! has which node, and `docker` speaks Docker's plugin protocol.
 
 pub mod api;
@@ -14,6 +14,7 @@ mod identities;
 mod interface;
 pub mod options;
 mod podman;
+pub mod secrets;
 pub mod shim;
 
 pub use error::Error;

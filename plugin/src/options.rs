@@ -7,28 +7,18 @@ mod table;
 mod values;
 mod words;
 
-use std::{
-    fs::{self, File},
-    io::{self, Read},
-    os::unix::fs::PermissionsExt,
-    path::{Path, PathBuf},
-};
-
 use ipnet::IpNet;
 pub use layer::{Layer, Marks, Settled, Surface, TUN_ANNOTATION, Told, settle};
 pub use table::{Entry, TABLE, Value};
-use tailnode_node::{ExitNode, RoutePreferences, Secret};
+use tailnode_node::{ExitNode, RoutePreferences};
 use tailnode_tun::Exit;
 use url::Url;
 pub use words::{Word, of_variable};
 
-use crate::Error;
+use crate::{Error, secrets::KeySource};
 
 /// Tailscale's own control server (ipn/prefs.go).
 const DEFAULT_LOGIN_SERVER: &str = "https://controlplane.tailscale.com";
-
-/// The longest file with an auth key, in bytes. A key has about a hundred.
-const MAX_AUTH_KEY_FILE: u64 = 4096;
 
 /// Longest DNS label, RFC 1035 section 2.3.4.
 const MAX_LABEL: usize = 63;
@@ -40,8 +30,10 @@ pub struct Options {
     pub hostname: Option<String>,
     /// The control server.
     pub login_server: Option<Url>,
-    /// The file that holds the key to join with.
-    pub auth_key: Option<PathBuf>,
+    /// Where the key to join with is.
+    pub auth_key: Option<KeySource>,
+    /// Whether a container does not start before its node was let in.
+    pub require_login: bool,
     /// Whether the tailnet forgets the node when the container stops.
     pub ephemeral: bool,
     /// Tags to ask for, `tag:` included.
@@ -99,51 +91,6 @@ impl Options {
             }),
         }
     }
-
-    /// Reads the auth key's file, if there is one set.
-    pub fn read_auth_key(&self) -> Result<Option<Secret>, Error> {
-        let Some(path) = &self.auth_key else {
-            return Ok(None);
-        };
-        let failed = |cause| Error::AuthKey {
-            path: path.clone(),
-            cause,
-        };
-        let text = read_secret(path).map_err(failed)?;
-        match text.trim() {
-            "" => Err(failed(io::Error::other("the file is empty"))),
-            key if key.contains(char::is_whitespace) => Err(failed(io::Error::other(
-                "there is more than one word in the file",
-            ))),
-            key => Ok(Some(Secret::new(key))),
-        }
-    }
-}
-
-/// Reads a file that only its owner should be able to read. It need not end for this to end.
-fn read_secret(path: &Path) -> io::Result<String> {
-    let metadata = fs::metadata(path)?;
-    // To open a FIFO would wait for its other end.
-    if !metadata.is_file() {
-        return Err(io::Error::other("it is no regular file"));
-    }
-    let mode = metadata.permissions().mode();
-    if mode & 0o077 != 0 {
-        tracing::warn!(
-            "the auth key in {0} is open to others than its owner (mode {1:03o}): \
-             `chmod 600 {0}`, and revoke the key if somebody may have read it",
-            path.display(),
-            mode & 0o777
-        );
-    }
-    let mut text = String::new();
-    let read = File::open(path)?
-        .take(MAX_AUTH_KEY_FILE + 1)
-        .read_to_string(&mut text)?;
-    if read as u64 > MAX_AUTH_KEY_FILE {
-        return Err(io::Error::other("the file is too long to be a key"));
-    }
-    Ok(text)
 }
 
 /// Makes a DNS label of a container's name, or `None` if nothing of it can be in one.

@@ -195,7 +195,14 @@ fn look<T: Default>(
 /// Reads a column of JSON. Podman stores blobs in its columns of texts, so each is cast.
 fn json<T: DeserializeOwned>(row: &Row, column: usize) -> rusqlite::Result<T> {
     serde_json::from_str(&row.get::<_, String>(column)?).map_err(|error| {
-        rusqlite::Error::FromSqlConversionFailure(column, Type::Text, error.into())
+        // Without serde's own words: they quote what they fail on, and a container's environment is
+        // there too.
+        let place = format!(
+            "not as it was, from line {} column {} on",
+            error.line(),
+            error.column()
+        );
+        rusqlite::Error::FromSqlConversionFailure(column, Type::Text, place.into())
     })
 }
 
@@ -247,6 +254,24 @@ mod tests {
             .execute_batch("ALTER TABLE ContainerConfig RENAME COLUMN JSON TO Config")
             .unwrap();
         assert_eq!(marks(&path, "c1"), Marks::default());
+    }
+
+    #[test]
+    fn what_cannot_be_read_is_not_repeated() {
+        let podman = Connection::open_in_memory().unwrap();
+        for json in [
+            r#"{"labels":"QQQQ"}"#,
+            r#"{"spec":{"process":{"env":{"A":"QQQQ"}}}}"#,
+            r#"{"spec":{"process":{"env":"QQQQ"}}}"#,
+            r#""QQQQ""#,
+            "QQQQ",
+        ] {
+            let read = podman.query_row("SELECT ?1", [json], |row| {
+                self::json::<ContainerConfig>(row, 0).map(|_| ())
+            });
+            let error = read.unwrap_err();
+            assert!(!format!("{error} {error:?}").contains("QQQQ"), "{error}");
+        }
     }
 
     #[test]

@@ -13,11 +13,11 @@ use std::{
 use tailnode_tun::{Interface, Netns};
 
 use crate::{
-    api::{self, Request, Response},
+    api::{self, Asked, Request, Response},
     interface::PREFIX,
 };
 
-/// the daemon answers an attach within 8 s, with an error if it must. Podman's other starts may wait
+/// The daemon answers an attach within 8 s, with an error if it must. Podman's other starts may wait
 /// for this one, so 10 s is all that a start may take.
 const ATTACH_TIMEOUT: Duration = Duration::from_millis(8_600);
 const DETACH_TIMEOUT: Duration = Duration::from_secs(6);
@@ -67,21 +67,25 @@ impl Place {
         // alive after the container.
         let name = format!("tn{}", process::id());
         let tun = tailnode_tun::create(&name).map_err(|error| error.to_string())?;
-        let name =
-            tailnode_tun::move_into(&name, &netns, PREFIX).map_err(|error| error.to_string())?;
-        self.serve(tun.as_fd(), &netns, name.clone())
-            .map_err(|error| {
-                // An answer that came too late, or was of no use, may have left a node behind; and a
-                // daemon that hangs keeps the device, so to close our descriptor may not be enough.
-                let removed =
-                    tailnode_tun::remove(&netns, &name).map_err(|error| error.to_string());
-                // What it says has been said.
-                let _ = self.detach_within(CLEAN_UP_TIMEOUT);
-                match removed {
-                    Ok(()) => error,
-                    Err(also) => format!("{error}; and cleaning up: {also}"),
-                }
-            })
+        // The kernel takes its time to move a device; the daemon starts the node meanwhile.
+        let asked = self.ask(tun.as_fd())?;
+        let moved = tailnode_tun::move_into(&name, &netns, PREFIX);
+        let served = match &moved {
+            Ok(name) => serve(asked, &netns, name),
+            Err(error) => Err(error.to_string()),
+        };
+        served.map_err(|error| {
+            // An answer that came too late, or was of no use, may have left a node behind; and a
+            // daemon that hangs keeps the device, so to close our descriptor may not be enough.
+            let removed = moved.map_or(Ok(()), |name| tailnode_tun::remove(&netns, &name));
+            let removed = removed.map_err(|error| error.to_string());
+            match removed.and(self.detach_within(CLEAN_UP_TIMEOUT)) {
+                Ok(()) => error,
+                // Why there is no daemon has been said.
+                Err(also) if also == error => error,
+                Err(also) => format!("{error}; and cleaning up: {also}"),
+            }
+        })
     }
 
     /// Stops the container's node, if it has one.
@@ -89,7 +93,7 @@ impl Place {
         self.detach_within(DETACH_TIMEOUT)
     }
 
-    fn serve(&self, tun: BorrowedFd, netns: &Netns, device: String) -> Result<Attached, String> {
+    fn ask(&self, tun: BorrowedFd) -> Result<Asked, String> {
         let place = self.clone();
         let request = Request::Attach {
             container_id: place.container_id,
@@ -100,26 +104,8 @@ impl Place {
             endpoint_options: place.endpoint_options,
             annotations: place.annotations,
         };
-        let Response::Attached {
-            interface,
-            dns_servers,
-            search_domains,
-        } = call(&request, Some(tun), ATTACH_TIMEOUT)?
-        else {
-            return Err(OTHER_VERSION.into());
-        };
-        if let Err(error) = tailnode_tun::configure(netns, &device, &interface) {
-            return match tailnode_tun::release(netns, &device, interface.index) {
-                Ok(()) => Err(error.to_string()),
-                Err(also) => Err(format!("{error}; and cleaning up: {also}")),
-            };
-        }
-        Ok(Attached {
-            device,
-            interface,
-            dns_servers,
-            search_domains,
-        })
+        let asked = api::ask(&api::socket_path(), &request, Some(tun), ATTACH_TIMEOUT);
+        asked.map_err(|error| error.to_string())
     }
 
     fn detach_within(&self, timeout: Duration) -> Result<(), String> {
@@ -127,13 +113,34 @@ impl Place {
             container_id: self.container_id.clone(),
             network_id: self.network_id.clone(),
         };
-        match call(&request, None, timeout)? {
+        let response = api::call(&api::socket_path(), &request, None, timeout);
+        match response.map_err(|error| error.to_string())? {
             Response::Ok => Ok(()),
             _ => Err(OTHER_VERSION.into()),
         }
     }
 }
 
-fn call(request: &Request, fd: Option<BorrowedFd>, timeout: Duration) -> Result<Response, String> {
-    api::call(&api::socket_path(), request, fd, timeout).map_err(|error| error.to_string())
+fn serve(asked: Asked, netns: &Netns, device: &str) -> Result<Attached, String> {
+    let response = asked.answer().map_err(|error| error.to_string())?;
+    let Response::Attached {
+        interface,
+        dns_servers,
+        search_domains,
+    } = response
+    else {
+        return Err(OTHER_VERSION.into());
+    };
+    if let Err(error) = tailnode_tun::configure(netns, device, &interface) {
+        return match tailnode_tun::release(netns, device, interface.index) {
+            Ok(()) => Err(error.to_string()),
+            Err(also) => Err(format!("{error}; and cleaning up: {also}")),
+        };
+    }
+    Ok(Attached {
+        device: device.to_owned(),
+        interface,
+        dns_servers,
+        search_domains,
+    })
 }

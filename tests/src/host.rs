@@ -13,7 +13,7 @@ use tempfile::TempDir;
 
 use crate::{
     Container, NameServer, Namespace, Tailnet, Underlay, WallClock, eventually,
-    program::{Process, ask, is_empty, program},
+    program::{Process, ask, is_empty, program, tell},
 };
 
 /// A machine that runs containers: a namespace with the daemon in it.
@@ -48,6 +48,13 @@ impl Host {
         arguments: &[&'static str],
     ) -> Host {
         Host::begin(None, underlay.host(), &tailnet.url(), Some(key), arguments)
+    }
+
+    /// The same, with a daemon that logs all that it can.
+    pub fn start_loud(underlay: &Underlay, tailnet: &Tailnet, key: &str) -> Host {
+        let mut namespace = underlay.host();
+        namespace.logs_everything();
+        Host::start_in(namespace, &tailnet.url(), Some(key))
     }
 
     /// The same, with any machine; without a key, somebody must open the login page of each node.
@@ -193,6 +200,18 @@ impl Host {
         let mut command = Command::new(program("tailnode"));
         command.args(words).env("TAILNODE_SOCKET", self.socket());
         ask(command)
+    }
+
+    /// What `tailnode` says to these words with this on its standard input, or its error.
+    pub fn tailnode_with(&self, words: &[&str], input: &str) -> Result<String, String> {
+        let mut command = Command::new(program("tailnode"));
+        command.args(words).env("TAILNODE_SOCKET", self.socket());
+        tell(command, input)
+    }
+
+    /// Where all files of its daemon are.
+    pub fn directory(&self) -> &Path {
+        self.directory.path()
     }
 
     /// What `tailnode status` shows to a person.

@@ -21,6 +21,8 @@ pub struct Namespace {
     netns: Netns,
     /// The file of CAs that its programs trust; `None`: the machine's own.
     trusted: Option<PathBuf>,
+    /// Whether its programs log all that they can.
+    loud: bool,
 }
 
 impl Namespace {
@@ -43,6 +45,7 @@ impl Namespace {
         let namespace = Namespace {
             netns,
             trusted: None,
+            loud: false,
         };
         namespace.ip("link set lo up");
         // Lets this process send pings without the raw sockets that would see everyone's answers.
@@ -64,6 +67,11 @@ impl Namespace {
         self.trusted = Some(authority.certificate());
     }
 
+    /// Lets our programs inside log all that they can.
+    pub fn logs_everything(&mut self) {
+        self.loud = true;
+    }
+
     /// A path to it, good for as long as this value lives.
     pub fn path(&self) -> PathBuf {
         let fd = self.netns.as_fd().as_raw_fd();
@@ -79,6 +87,9 @@ impl Namespace {
             .arg(program);
         if let Some(file) = &self.trusted {
             command.env("SSL_CERT_FILE", file);
+        }
+        if self.loud {
+            command.env("RUST_LOG", "trace");
         }
         command
     }

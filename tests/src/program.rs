@@ -2,6 +2,7 @@ use std::{
     env,
     ffi::OsStr,
     fs::{self, File},
+    io::Write,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     sync::OnceLock,
@@ -79,6 +80,26 @@ pub(crate) fn ask(mut command: Command) -> Result<String, String> {
         Ok(String::from_utf8_lossy(&output.stdout).into_owned())
     } else {
         Err(String::from_utf8_lossy(&output.stderr).trim().to_owned())
+    }
+}
+
+/// The same, with this on its standard input. What it says of itself comes before what it printed.
+pub(crate) fn tell(mut command: Command, input: &str) -> Result<String, String> {
+    let mut child = command
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap_or_else(|error| panic!("{command:?}: {error}"));
+    let mut stdin = child.stdin.take().expect("its standard input");
+    // One that has seen enough does not read on.
+    let _read = stdin.write_all(input.as_bytes());
+    drop(stdin);
+    let output = child.wait_with_output().expect("its output");
+    let text = String::from_utf8_lossy(&output.stderr) + String::from_utf8_lossy(&output.stdout);
+    match output.status.success() {
+        true => Ok(text.into_owned()),
+        false => Err(text.into_owned()),
     }
 }
 

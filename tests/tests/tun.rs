@@ -49,11 +49,15 @@ impl Scene {
 
     /// Everything that `configure` may touch.
     fn state(&self) -> [Value; 5] {
+        // A link-local address is the kernel's, which takes its time with it and with its routes.
+        let mut routes = self.container.ip_json("-6 route show table all");
+        if let Some(routes) = routes.as_array_mut() {
+            routes.retain(|route| !route["dst"].as_str().unwrap_or("").starts_with("fe80:"));
+        }
         [
-            // A link-local address is the kernel's, and says at first that it is tentative.
             self.container.ip_json("address show scope global"),
             self.container.ip_json("-4 route show table all"),
-            self.container.ip_json("-6 route show table all"),
+            routes,
             self.container.ip_json("-4 rule show"),
             self.container.ip_json("-6 rule show"),
         ]

@@ -11,8 +11,7 @@ use tailnode_wire::{
     tailcfg::{Hostinfo, RegisterRequest, RegisterResponse, RegisterResponseAuth},
 };
 
-use super::Secret;
-use crate::state::Keys;
+use crate::{auth_key::Secret, state::Keys};
 
 /// What the node is to the control server, as far as it knows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -25,6 +24,17 @@ pub enum Standing {
     Expired,
     /// It joined before, and the control server knows it no more.
     Forgotten,
+}
+
+/// Whether there is an auth key.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Key {
+    /// There is none.
+    None,
+    /// It costs nothing to present it.
+    AtHand,
+    /// It must be made first: nobody asks for it who may be a member still.
+    OnDemand,
 }
 
 /// One attempt to join, from the first request to the last answer.
@@ -41,6 +51,8 @@ pub struct Registration {
     lost: Option<PathBuf>,
     /// Whether to present the auth key.
     present_key: bool,
+    /// Whether there is one yet for a member who turns out to be none.
+    spare_key: bool,
     /// Why the auth key was refused.
     key_refused: Option<String>,
     /// The page that was shown.
@@ -73,14 +85,17 @@ impl Registration {
     /// Begins. A key that is known to have expired is replaced at once. A node that was deleted
     /// does not come back by its auth key: whoever deleted it wanted it gone. One that lost its keys
     /// does not either: it would come back under another name and address, and nobody would know.
-    pub fn new(keys: &Keys, has_auth_key: bool, standing: Standing) -> Self {
+    pub fn new(keys: &Keys, key: Key, standing: Standing) -> Self {
+        let may_use_key = standing != Standing::Forgotten && keys.replaces.is_none();
+        let is_spare = key == Key::OnDemand && standing == Standing::Member && may_use_key;
         let mut new = Self {
             standing,
             node: keys.node.clone(),
             old: None,
             next: keys.next.clone(),
             lost: keys.replaces.clone(),
-            present_key: has_auth_key && standing != Standing::Forgotten && keys.replaces.is_none(),
+            present_key: key != Key::None && !is_spare && may_use_key,
+            spare_key: is_spare,
             key_refused: None,
             visit: None,
         };
@@ -137,6 +152,17 @@ impl Registration {
         self.visit.as_deref()
     }
 
+    /// Whether the next request presents the auth key.
+    pub fn presents_key(&self) -> bool {
+        self.present_key
+    }
+
+    /// There is no key to present after all, for this reason.
+    pub fn key_refused(&mut self, reason: String) {
+        self.present_key = false;
+        self.key_refused = Some(reason);
+    }
+
     /// The next request.
     pub fn request(
         &self,
@@ -171,11 +197,10 @@ impl Registration {
             if self.present_key {
                 // A one-off key is spent and any key ends, while the node that joined by it may
                 // well be a member still.
-                self.present_key = false;
-                self.key_refused = Some(answer.error);
+                self.key_refused(answer.error);
                 return Step::Again;
             }
-            if self.try_next() {
+            if self.try_next() || self.take_spare_key() {
                 return Step::Again;
             }
             return Step::Refused(self.key_refused.take().unwrap_or(answer.error));
@@ -189,7 +214,7 @@ impl Registration {
             return Step::Again;
         }
         if !answer.auth_url.is_empty() {
-            if self.visit.is_none() && self.try_next() {
+            if self.visit.is_none() && (self.try_next() || self.take_spare_key()) {
                 return Step::Again;
             }
             // Whoever gave a key expects no page: that the key is wrong is what they must know. But
@@ -208,7 +233,15 @@ impl Registration {
         }
     }
 
+    /// Presents from now on what was spared; false if nothing was.
+    fn take_spare_key(&mut self) -> bool {
+        let taken = std::mem::take(&mut self.spare_key);
+        self.present_key |= taken;
+        taken
+    }
+
     fn rotate(&mut self) {
+        self.take_spare_key();
         self.standing = Standing::Expired;
         let next = self.next.take().unwrap_or_else(NodeKeyPair::random);
         self.old = Some(std::mem::replace(&mut self.node, next));
@@ -270,7 +303,7 @@ mod tests {
     fn a_key_opens_the_door() {
         let keys = Keys::random();
         let node = keys.node.clone();
-        let mut registration = Registration::new(&keys, true, Standing::Stranger);
+        let mut registration = Registration::new(&keys, Key::AtHand, Standing::Stranger);
         assert_eq!(request(&registration).auth.unwrap().auth_key, "tskey-test");
         assert_eq!(
             registration.answer(joined()),
@@ -283,7 +316,7 @@ mod tests {
 
     #[test]
     fn a_member_with_a_spent_key_stays_a_member() {
-        let mut registration = Registration::new(&Keys::random(), true, Standing::Stranger);
+        let mut registration = Registration::new(&Keys::random(), Key::AtHand, Standing::Stranger);
         assert_eq!(registration.answer(error("key was used")), Step::Again);
         assert_eq!(request(&registration).auth, None);
         assert!(matches!(
@@ -295,7 +328,8 @@ mod tests {
     #[test]
     fn a_stranger_with_a_spent_key_is_told_of_the_key() {
         for second in [page("https://login"), error("unknown node")] {
-            let mut registration = Registration::new(&Keys::random(), true, Standing::Stranger);
+            let mut registration =
+                Registration::new(&Keys::random(), Key::AtHand, Standing::Stranger);
             registration.answer(error("key was used"));
             assert_eq!(
                 registration.answer(second),
@@ -306,7 +340,7 @@ mod tests {
 
     #[test]
     fn a_person_logs_in() {
-        let mut registration = Registration::new(&Keys::random(), false, Standing::Stranger);
+        let mut registration = Registration::new(&Keys::random(), Key::None, Standing::Stranger);
         assert_eq!(registration.visit(), None);
         assert_eq!(
             registration.answer(page("https://a")),
@@ -327,7 +361,7 @@ mod tests {
     fn an_expired_key_is_replaced_once() {
         let keys = Keys::random();
         let old = keys.node.clone();
-        let mut registration = Registration::new(&keys, true, Standing::Member);
+        let mut registration = Registration::new(&keys, Key::AtHand, Standing::Member);
         assert_eq!(registration.answer(expired()), Step::Again);
         let next = request(&registration);
         assert_eq!(next.old_node_key, Some(old.public));
@@ -341,14 +375,14 @@ mod tests {
         };
         assert_eq!(node.public, next.node_key);
         assert_eq!(registration.answer(expired()), Step::Expired);
-        let known = Registration::new(&keys, true, Standing::Expired);
+        let known = Registration::new(&keys, Key::AtHand, Standing::Expired);
         assert_eq!(request(&known).old_node_key, Some(old.public));
     }
 
     #[test]
     fn a_member_without_a_good_key_waits_for_a_person() {
         for standing in [Standing::Member, Standing::Expired] {
-            let mut registration = Registration::new(&Keys::random(), true, standing);
+            let mut registration = Registration::new(&Keys::random(), Key::AtHand, standing);
             assert_eq!(registration.answer(error("key was used")), Step::Again);
             let step = registration.answer(page("https://a"));
             assert_eq!(step, Step::Visit("https://a".into()));
@@ -357,10 +391,32 @@ mod tests {
     }
 
     #[test]
+    fn a_key_that_must_be_made_is_not_asked_for_by_a_member() {
+        let new = |standing| Registration::new(&Keys::random(), Key::OnDemand, standing);
+        assert!(new(Standing::Stranger).presents_key() && new(Standing::Expired).presents_key());
+        assert!(!new(Standing::Forgotten).presents_key());
+        let mut member = new(Standing::Member);
+        assert!(!member.presents_key() && request(&member).auth.is_none());
+        assert!(matches!(member.answer(joined()), Step::Joined { .. }));
+        // One whom the server forgot while it was away, or whose key has expired, needs one.
+        for no in [page("https://a"), error("unknown"), expired()] {
+            let mut member = new(Standing::Member);
+            assert_eq!(member.answer(no), Step::Again);
+            assert!(member.presents_key() && request(&member).auth.is_some());
+            member.key_refused("no such client".into());
+            assert_eq!(
+                member.answer(page("https://a")),
+                Step::Visit("https://a".into())
+            );
+            assert!(member.reason().ends_with("no such client"));
+        }
+    }
+
+    #[test]
     fn a_deleted_node_does_not_use_its_key() {
         let keys = Keys::random();
         let node = keys.node.clone();
-        let mut registration = Registration::new(&keys, true, Standing::Forgotten);
+        let mut registration = Registration::new(&keys, Key::AtHand, Standing::Forgotten);
         assert_eq!(request(&registration).auth, None);
         assert!(registration.reason().contains("deleted"));
         let step = registration.answer(page("https://a"));
@@ -382,7 +438,7 @@ mod tests {
         };
         let next = keys.next.clone().unwrap();
         let begin = || {
-            let registration = Registration::new(&keys, false, Standing::Member);
+            let registration = Registration::new(&keys, Key::None, Standing::Member);
             assert_eq!(registration.next(), Some(&next));
             assert_eq!(request(&registration).node_key, keys.node.public);
             registration
@@ -411,7 +467,7 @@ mod tests {
             replaces: Some("/state/keys.json.damaged-x".into()),
             ..Keys::random()
         };
-        let mut registration = Registration::new(&keys, true, Standing::Stranger);
+        let mut registration = Registration::new(&keys, Key::AtHand, Standing::Stranger);
         assert_eq!(request(&registration).auth, None);
         let step = registration.answer(page("https://a"));
         assert_eq!(step, Step::Visit("https://a".into()));
@@ -423,14 +479,14 @@ mod tests {
     proptest! {
         /// Whatever the server says, haste ends: only waiting for a person goes on for ever.
         #[test]
-        fn no_server_keeps_us_asking_in_haste(answers in proptest::collection::vec(0..4u8, 20), has_key: bool, spare: bool, which in 0..4usize) {
+        fn no_server_keeps_us_asking_in_haste(answers in proptest::collection::vec(0..4u8, 20), key in 0..3usize, spare: bool, which in 0..4usize) {
             use Standing::{Expired, Forgotten, Member, Stranger};
             let standing = [Stranger, Member, Expired, Forgotten][which];
             let keys = Keys {
                 next: spare.then(NodeKeyPair::random),
                 ..Keys::random()
             };
-            let mut registration = Registration::new(&keys, has_key, standing);
+            let mut registration = Registration::new(&keys, [Key::None, Key::AtHand, Key::OnDemand][key], standing);
             let mut hasty = 0;
             for answer in answers {
                 let before = request(&registration);

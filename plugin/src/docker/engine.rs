@@ -209,7 +209,14 @@ impl Docker {
             let words = String::from_utf8_lossy(&body);
             return Err(self.failed(format!("{status} for {path}: {}", words.trim())));
         }
-        serde_json::from_slice(&body).map_err(|error| self.failed(format!("{path}: {error}")))
+        // Without serde's own words: they quote what they fail on, and labels hold what people put
+        // there.
+        serde_json::from_slice(&body).map_err(|error| {
+            let (line, column) = (error.line(), error.column());
+            self.failed(format!(
+                "{path}: the answer is not what it was, from line {line} column {column} on"
+            ))
+        })
     }
 
     fn failed(&self, reason: impl ToString) -> Error {

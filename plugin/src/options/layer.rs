@@ -13,7 +13,7 @@ use super::{
     table::{self, Entry, TABLE, Value},
     values, words,
 };
-use crate::Error;
+use crate::{Error, secrets::is_key};
 
 /// Where options can be set. Of two, the later one is heard.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -153,6 +153,10 @@ impl Layer {
         let mut pairs = BTreeMap::new();
         for (key, value) in table {
             let value = text_of(&key, &value).ok_or_else(|| {
+                if is_key(&key) {
+                    let place = Origin::File(path.to_owned()).place();
+                    return bad(Error::KeyForOption { place }.to_string());
+                }
                 bad(format!(
                     "`{key}` must be a text, true or false, or for an option of several values a \
                      list of texts"
@@ -215,6 +219,15 @@ impl Layer {
 
     fn set(&mut self, key: &str, value: &str, origin: &Origin) -> Result<(), Error> {
         let place = || origin.place();
+        if is_key(key) {
+            // The name of a label or an annotation has the key in it too.
+            let place = match origin {
+                Origin::Label(_) => "in a label".into(),
+                Origin::Annotation(_) => "in an annotation".into(),
+                _ => place(),
+            };
+            return Err(Error::KeyForOption { place });
+        }
         let Some(entry) = table::find(key) else {
             return Err(match table::missing(key) {
                 Some(what) => Error::MissingFeature {
@@ -262,6 +275,14 @@ pub struct Settled {
     pub options: Options,
     /// The same for people to read: every option there is but `lock`.
     pub told: Vec<Told>,
+    surfaces: BTreeMap<&'static str, Surface>,
+}
+
+impl Settled {
+    /// Who set an option; `None`: nobody.
+    pub fn surface(&self, key: &str) -> Option<Surface> {
+        self.surfaces.get(key).copied()
+    }
 }
 
 /// An option's value, and who says so.
@@ -282,7 +303,7 @@ pub struct Told {
 /// container carries, the container's use of the network. An error where a layer sets what one
 /// below it locks, and where the outcome contradicts itself.
 pub fn settle<'a>(layers: impl IntoIterator<Item = &'a Layer>) -> Result<Settled, Error> {
-    let mut heard: BTreeMap<&str, &Setting> = BTreeMap::new();
+    let mut heard: BTreeMap<&'static str, &Setting> = BTreeMap::new();
     let mut locks: BTreeMap<&str, &Origin> = BTreeMap::new();
     for Layer(settings) in layers {
         for (&key, setting) in settings {
@@ -314,6 +335,8 @@ pub fn settle<'a>(layers: impl IntoIterator<Item = &'a Layer>) -> Result<Settled
         }
     }
     options.routes()?;
+    let surfaces = heard.values().map(|setting| setting.origin.surface());
+    let surfaces = heard.keys().copied().zip(surfaces).collect();
     let told = TABLE
         .iter()
         .filter(|entry| entry.key != "lock")
@@ -328,16 +351,17 @@ pub fn settle<'a>(layers: impl IntoIterator<Item = &'a Layer>) -> Result<Settled
         });
     Ok(Settled {
         options,
+        surfaces,
         told: told.collect(),
     })
 }
 
 fn read(entry: &Entry, value: &str, options: &mut Options) -> Result<(), String> {
     // Whatever the option is: this goes to terminals, logs and `inspect`.
-    if entry.key != "auth-key" && value.contains("tskey-") {
+    if entry.key != "auth-key" && is_key(value) {
         return Err(
-            "this is a key of Tailscale's, which is given by auth-key=file:/PATH only \
-                    (revoke it: `inspect` shows it)"
+            "this is an auth key, which `tailnode login NETWORK` asks for (revoke it: `inspect` \
+             shows it)"
                 .into(),
         );
     }

@@ -93,19 +93,37 @@ pub const TABLE: &[Entry] = &[
     },
     Entry {
         key: "auth-key",
-        value: Value::Word("file:/PATH"),
-        help: "where the key is that new nodes join with",
-        default: "none",
+        value: Value::Word("WHERE"),
+        help: "where the key is that new nodes join with: file:/PATH, credential:NAME (of \
+               systemd's) or secret:NAME (of Podman's)",
+        default: "that of tailnode login NETWORK",
         surfaces: OWNERS,
-        elsewhere: "it belongs to the network, and never inline, where `inspect` shows it: put the \
-                    key into a file with `install -m 600 /dev/stdin /etc/tailnode/auth.key`, then \
+        elsewhere: "it belongs to the network, and never inline, where `inspect` shows it: give \
+                    the key to `tailnode login NETWORK`, which asks for it, or put it into a file \
+                    with `install -m 600 /dev/stdin /etc/tailnode/auth.key`, then \
                     `network create -d tailscale -o auth-key=file:/etc/tailnode/auth.key`, or say \
                     so in /etc/tailnode/config.toml",
         variables: &["TS_AUTHKEY", "TS_AUTH_KEY", "TS_CLIENT_SECRET"],
         flags: &["authkey", "client-secret"],
-        examples: ["file:/etc/tailnode/auth.key", "file:/etc/tailnode/lab.key"],
+        examples: ["file:/etc/tailnode/auth.key", "credential:tailnet"],
         read: |options, value| {
             options.auth_key = Some(values::auth_key(value)?);
+            Ok(())
+        },
+    },
+    Entry {
+        key: "require-login",
+        value: Value::Flag,
+        help: "a container does not start before its node was let in; else it starts, and waits \
+               for the tailnet",
+        default: "false",
+        surfaces: EVERYWHERE,
+        elsewhere: "",
+        variables: &[],
+        flags: &[],
+        examples: ["true", "false"],
+        read: |options, value| {
+            options.require_login = values::flag(value)?;
             Ok(())
         },
     },

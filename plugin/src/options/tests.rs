@@ -1,4 +1,4 @@
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, fs};
 
 use proptest::prelude::*;
 
@@ -37,6 +37,20 @@ fn told(layers: &[&Layer], key: &str) -> Told {
     let settled = settle(layers.iter().copied()).unwrap();
     let mut told = settled.told.into_iter();
     told.find(|told| told.key == key).unwrap()
+}
+
+#[test]
+fn the_hooks_word_is_no_option() {
+    let annotated = Layer::of_marks(&Marks {
+        annotations: pairs(&[(TUN_ANNOTATION, "true"), ("tailscale.hostname", "web")]),
+        ..Marks::default()
+    });
+    assert_eq!(
+        options(&annotated.unwrap()).hostname.as_deref(),
+        Some("web")
+    );
+    // The hook hears no labels.
+    assert!(labels(&[(TUN_ANNOTATION, "true")]).is_err());
 }
 
 const SURFACES: [Surface; 4] = [
@@ -266,11 +280,56 @@ fn what_others_write_there_is_left_alone() {
 }
 
 #[test]
+fn a_key_in_any_place_is_refused_and_not_repeated() {
+    let keys = TABLE.iter().map(|entry| entry.key);
+    for key in keys.chain(["authkey", "tskey-auth-QQQQ", "x"]) {
+        for value in ["tskey-auth-QQQQ", "web-hskey-auth-QQQQ", "tag:a+tskey-QQQQ"] {
+            let label = format!("tailscale.{key}");
+            for error in [
+                network(&[(key, value)]).unwrap_err(),
+                Layer::of_endpoint(&pairs(&[(key, value)])).unwrap_err(),
+                labels(&[(&label, value)]).unwrap_err(),
+                file(&format!("{key} = '{value}'")).unwrap_err(),
+            ] {
+                assert!(!format!("{error} {error:?}").contains("QQQQ"), "{error:?}");
+            }
+        }
+    }
+    for text in [
+        "auth-key = tskey-auth-QQQQ",
+        "auth-key = 'tskey-auth-QQQQ",
+        "tskey-auth-QQQQ",
+        "tskey-auth-QQQQ = 1",
+        "tskey-auth-QQQQ = 'a'\ntskey-auth-QQQQ = 'b'",
+        "[tskey-auth-QQQQ]",
+        "[tskey-auth-QQQQ]\n[tskey-auth-QQQQ]",
+        "auth-key = ['tskey-auth-QQQQ']",
+        "auth-key = { tskey-auth-QQQQ = 1 }",
+        "ephemeral = [true, 'tskey-auth-QQQQ']",
+        "tags = \"tskey-auth-QQQQ\\x\"",
+    ] {
+        let error = file(text).unwrap_err();
+        assert!(
+            !format!("{error} {error:?}").contains("QQQQ"),
+            "{text}: {error:?}"
+        );
+    }
+    for key in ["auth-key", "hostname", "tskey-auth-QQQQ"] {
+        let error = network(&[(key, "tskey-auth-QQQQ")]).unwrap_err();
+        assert!(
+            error.to_string().contains("`tailnode login NETWORK`"),
+            "{error}"
+        );
+    }
+}
+
+#[test]
 fn values_mean_what_they_say() {
     let layer = network(&[
         ("hostname", "Web_1"),
         ("login-server", "https://headscale.example.com"),
         ("auth-key", "file:/etc/tailnode/auth.key"),
+        ("require-login", "true"),
         ("ephemeral", "true"),
         ("tags", "tag:web+prod"),
         ("accept-dns", "false"),
@@ -286,7 +345,8 @@ fn values_mean_what_they_say() {
         Options {
             hostname: Some("web-1".into()),
             login_server: Some("https://headscale.example.com".parse().unwrap()),
-            auth_key: Some("/etc/tailnode/auth.key".into()),
+            auth_key: Some(KeySource::File("/etc/tailnode/auth.key".into())),
+            require_login: true,
             ephemeral: true,
             tags: vec!["tag:web".into(), "tag:prod".into()],
             accept_dns: Some(false),
@@ -319,7 +379,7 @@ fn what_is_wrong_is_said_with_what_is_right() {
         (
             "colour",
             "a",
-            "there are hostname, login-server, auth-key, ephemeral, tags, accept-dns, ",
+            "there are hostname, login-server, auth-key, require-login, ephemeral, tags, ",
         ),
         ("accept-routes", "yes", "must be true or false"),
         (
@@ -341,7 +401,7 @@ fn what_is_wrong_is_said_with_what_is_right() {
         ("login-server", "https://u:p@h", "must not hold a user"),
         ("ephemeral", "yes", "must be true or false"),
         ("tags", "tag:9", "is no tag"),
-        ("auth-key", "file:auth.key", "must be an absolute path"),
+        ("auth-key", "file:auth.key", "comes an absolute path"),
         ("ssh", "true", "tailnode does not run Tailscale SSH yet"),
         (
             "serve.443",
@@ -451,35 +511,6 @@ fn the_shipped_file_shows_options_that_are_good() {
     let settings: Vec<_> = settings.filter(|line| !line.starts_with(' ')).collect();
     assert!(settings.len() > 2);
     assert_ne!(file(&settings.join("\n")).unwrap(), Layer::default());
-}
-
-#[test]
-fn the_auth_key_is_read_from_its_file() {
-    let directory = tempfile::tempdir().unwrap();
-    let path = directory.path().join("auth.key");
-    let of = |path: &Path| Options {
-        auth_key: Some(path.to_owned()),
-        ..Options::default()
-    };
-    let refused = |path: &Path| of(path).read_auth_key().unwrap_err().to_string();
-    let missing = refused(&path);
-    assert!(missing.contains("install -m 600"), "{missing}");
-    fs::write(&path, "\n").unwrap();
-    assert!(refused(&path).contains("empty"));
-    fs::write(&path, "tskey-auth-abc\n").unwrap();
-    let key = of(&path).read_auth_key().unwrap();
-    assert!(key.is_some() && !format!("{key:?}").contains("abc"));
-    assert!(Options::default().read_auth_key().unwrap().is_none());
-
-    fs::write(&path, "abc ".repeat(2000)).unwrap();
-    assert!(refused(&path).contains("too long"));
-    fs::write(&path, "tskey-auth-abc tskey-auth-def").unwrap();
-    let two = refused(&path);
-    assert!(
-        two.contains("more than one") && !two.contains("abc"),
-        "{two}"
-    );
-    assert!(refused(Path::new("/dev/zero")).contains("no regular file"));
 }
 
 #[test]

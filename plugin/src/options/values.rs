@@ -1,15 +1,13 @@
 //! What a value may be. Each reader gives the value, or what is wrong with it and what is accepted.
 
-use std::{
-    net::IpAddr,
-    path::{Path, PathBuf},
-};
+use std::net::IpAddr;
 
 use ipnet::IpNet;
 use tailnode_node::ExitNode;
 use url::Url;
 
 use super::{dns_label, table};
+use crate::secrets::KeySource;
 
 pub(super) fn hostname(value: &str) -> Result<String, String> {
     dns_label(value)
@@ -33,20 +31,8 @@ pub(super) fn url(value: &str) -> Result<Url, String> {
     Ok(url)
 }
 
-pub(super) fn auth_key(value: &str) -> Result<PathBuf, String> {
-    match value.strip_prefix("file:") {
-        Some(path) if Path::new(path).is_absolute() => Ok(path.into()),
-        Some(path) => Err(format!(
-            "{path:?} must be an absolute path: file:/etc/tailnode/auth.key"
-        )),
-        // The value is not repeated: it is a secret, and this goes to terminals and logs.
-        None => Err(
-            "a key given inline can be read by whoever can inspect; put it in a file with \
-             `install -m 600 /dev/stdin /etc/tailnode/auth.key` and set \
-             auth-key=file:/etc/tailnode/auth.key (and revoke the one that was given)"
-                .into(),
-        ),
-    }
+pub(super) fn auth_key(value: &str) -> Result<KeySource, String> {
+    KeySource::parse(value).map_err(str::to_owned)
 }
 
 pub(super) fn flag(value: &str) -> Result<bool, String> {

@@ -104,28 +104,40 @@ fn login(server: Server) {
     let scene = Scene::by_login(server);
     let open = |page: &str| scene.approve(page);
     let gopher = Gopher::log_in(scene.host(), &scene.url(), "gopher", open).unwrap();
-    // Our container's start fails and tells the page; the next one succeeds.
+    // Our container starts, tells the page, and is on the tailnet once that was opened.
     let host = Host::start_in(scene.host(), &scene.url(), None);
-    let container = Container::new("web");
-    let error = host.attach(&container).unwrap_err();
-    let page = error
-        .split_whitespace()
-        .find(|word| word.starts_with(&scene.url()))
-        .unwrap_or_else(|| panic!("no page in: {error}"));
-    let status = host.status_of(&container).unwrap_or_default();
-    let login = &status["node"]["login"];
-    assert_eq!(
-        (&login["state"], &login["url"]),
-        (&json!("needs-login"), &json!(page))
+    let mut web = Ours::attach(host, Container::new("web")).unwrap();
+    assert!(web.addresses.is_empty());
+    let page = web.page("");
+    let told = format!("log in: open {page}");
+    assert!(web.host.status_text().contains(&told));
+    assert!(
+        web.host.log().contains(&page),
+        "the log does not tell {page}"
     );
-    assert!(host.status_text().contains(&format!("log in: open {page}")));
-    assert!(host.log().contains(page), "the log does not tell {page}");
-    scene.approve(page);
-    let web = Ours::attach(host, container).unwrap();
-    assert_eq!(web.node()["login"], json!({ "state": "running" }));
-    assert_eq!(web.host.status().len(), 1);
+    scene.approve(&page);
+    web.settle(&gopher, "web");
     reach(&web, &gopher.addresses);
     reach(&gopher, &web.addresses);
+
+    // Where it is not to start before, its start fails and tells the page; the next one succeeds.
+    let strict = Container::new("strict");
+    let options = json!({ "require-login": "true" });
+    let attach = || web.host.attach_to(&strict, "tailnet", options.clone());
+    let error = attach().unwrap_err();
+    let login = &web.host.status_of(&strict).unwrap()["node"]["login"];
+    assert_eq!(login["state"], "needs-login");
+    let page = login["url"].as_str().unwrap();
+    assert!(error.contains(page), "{error} does not tell {page}");
+    scene.approve(page);
+    attach().unwrap();
+    let status = web.host.status();
+    assert!(
+        status.len() == 2
+            && status
+                .iter()
+                .all(|it| it["node"]["login"]["state"] == "running")
+    );
 }
 
 fn private_ca(server: Server) {
