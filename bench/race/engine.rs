@@ -14,7 +14,7 @@ use crate::{
 const SCRIPT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../integration/bench");
 
 /// Runs the same container on bridges and on a tailnet, as a new node and as a known one. A metric
-/// is `engine/cold|known/FIGURE/ENGINE`; those of the parts of a start are ours alone.
+/// is `engine/START/FIGURE/ENGINE`; those of the parts of a start are ours alone.
 pub fn overhead(plan: &Plan, report: &mut Report) {
     let rounds = if plan.quick { "3" } else { "15" };
     // target/release/deps/race
@@ -39,13 +39,18 @@ fn add(line: &str, report: &mut Report) -> Option<()> {
         return None;
     };
     let engine = ["podman", "docker"].into_iter().find(|it| *it == engine)?;
-    let (contender, starts): (_, &[_]) = match network {
-        // A bridge is what both are compared with.
-        "bridge" => (Bridge(engine), &["cold", "known"]),
-        "named-bridge" => (NamedBridge(engine), &["cold", "known"]),
-        "cold" => (Ours, &["cold"]),
-        "known" => (Ours, &["known"]),
-        _ => return None,
+    // A bridge is what all starts of its engine are compared with.
+    let all: &[_] = match engine {
+        "docker" => &["cold", "known", "known-internal"],
+        _ => &["cold", "known"],
+    };
+    let (contender, starts) = match network {
+        "bridge" => (Bridge(engine), all),
+        "named-bridge" => (NamedBridge(engine), all),
+        start => {
+            let at = all.iter().position(|it| *it == start)?;
+            (Ours, &all[at..=at])
+        }
     };
     let time = time.parse().ok()?;
     for start in starts {
