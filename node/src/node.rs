@@ -726,7 +726,9 @@ impl Task {
             ..
         } = self;
         // First what others see: the logout may take seconds.
-        drop((presence, segment, door, udp, relays));
+        drop((presence, segment, udp, relays));
+        // The kernel takes some 20 ms to end a device, in which other nodes want this thread.
+        let closed = tokio::task::spawn_blocking(move || drop(door));
         if logout && let Some(session) = session {
             // It logs its own failure, and nobody is there to hear of it.
             let _ = session.logout(LOGOUT).await;
@@ -735,6 +737,8 @@ impl Task {
             // It logs its own failures.
             let _ = saving.await;
         }
+        // It does nothing but close.
+        let _ = closed.await;
         drop(store);
         login.send_replace(Login::Stopped);
         if let Some(done) = stopped {
