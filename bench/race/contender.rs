@@ -15,12 +15,16 @@ pub enum Contender {
     Floor,
     /// No tunnel at all: the ceiling.
     Veth,
+    /// The bridge that this engine puts containers on by itself.
+    Bridge(&'static str),
+    /// A bridge of this engine's whose containers know each other's names, as on a tailnet.
+    NamedBridge(&'static str),
 }
 
-use Contender::{Floor, Ours, Tailscaled, Veth, WireguardGo};
+use Contender::{Bridge, Floor, NamedBridge, Ours, Tailscaled, Veth, WireguardGo};
 
 impl Contender {
-    /// All of them.
+    /// All that carry traffic from app to app.
     pub const ALL: [Contender; 6] = [
         Ours,
         Tailscaled(Release::Pinned),
@@ -36,6 +40,11 @@ impl Contender {
     /// Whether it is a node of a tailnet, with all that this means.
     pub fn is_node(self) -> bool {
         matches!(self, Ours | Tailscaled(_))
+    }
+
+    /// Whether it is an engine's own network, which is compared with by what ours takes more.
+    pub fn is_bridge(self) -> bool {
+        matches!(self, Bridge(_) | NamedBridge(_))
     }
 }
 
@@ -53,6 +62,8 @@ impl fmt::Display for Contender {
             WireguardGo => "wireguard-go".to_owned(),
             Floor => "floor".to_owned(),
             Veth => "veth".to_owned(),
+            Bridge(engine) => format!("{engine} bridge"),
+            NamedBridge(engine) => format!("{engine} named bridge"),
         })
     }
 }

@@ -10,7 +10,7 @@
 //! | `ROUNDS` | how many rounds; 5 |
 //! | `LOAD_SECONDS` | how long each load lasts; 8 |
 //! | `QUICK=1` | ours and the pinned tailscaled, one round, 3 s, fewer loads and nodes |
-//! | `ONLY=tcp,memory` | these scenes: tcp, single, udp, rtt, local, memory, start, netmap |
+//! | `ONLY=tcp,memory` | these scenes: tcp, single, udp, rtt, local, memory, start, netmap, engine |
 //! | `CONTENDERS=tailnode,floor` | those whose names begin so |
 
 #![allow(
@@ -22,6 +22,7 @@
 mod carry;
 mod contender;
 mod crowd;
+mod engine;
 mod floor;
 mod machine;
 mod memory;
@@ -133,6 +134,18 @@ fn race() -> ExitCode {
             }
         }
         contenders.rotate_left(1);
+    }
+    // Of ours alone, and in rounds of its own.
+    if plan.wants("engine") && contenders.contains(&Contender::Ours) {
+        let started = Instant::now();
+        let outcome =
+            thread::scope(|scope| scope.spawn(|| engine::overhead(&plan, &mut report)).join());
+        eprintln!("engine: {} s", started.elapsed().as_secs());
+        if let Err(panic) = outcome {
+            let failure = format!("engine: {}", words(&*panic));
+            eprintln!("FAILED {failure}");
+            failures.push(failure);
+        }
     }
     report.print();
     let file = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../target/bench.json"));

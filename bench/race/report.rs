@@ -45,6 +45,14 @@ const BARS: &[(&str, Unit, f64)] = &[
 /// The same against the floor.
 const FLOOR_BARS: &[(&str, Unit, f64)] = &[("tcp/", GBIT, 0.85)];
 
+/// How much more ours may be than an engine's own bridge, in the metric's unit.
+const MORE_BARS: &[(&str, Unit, f64)] = &[
+    ("engine/cold/running", MILLISECONDS, 150.0),
+    ("engine/cold/whole", MILLISECONDS, 150.0),
+    ("engine/known/running", MILLISECONDS, 30.0),
+    ("engine/known/whole", MILLISECONDS, 30.0),
+];
+
 /// All figures of a run.
 #[derive(Default)]
 pub struct Report {
@@ -55,6 +63,23 @@ struct Metric {
     name: String,
     unit: Unit,
     figures: BTreeMap<Contender, Vec<f64>>,
+}
+
+/// Ours beside a peer.
+struct Comparison {
+    peer: Contender,
+    outcome: Outcome,
+    /// What the outcome is to be at most or, where higher is better, at least.
+    bar: Option<f64>,
+}
+
+enum Outcome {
+    /// Ours, divided by the peer's.
+    Ratio(f64),
+    /// Ours less the peer's, which it has in it.
+    More(f64),
+    /// Nothing can be compared with a peer that lost nothing.
+    None,
 }
 
 /// Several figures of one thing.
@@ -95,24 +120,26 @@ impl Report {
                 } = Spread::of(figures);
                 println!("  {contender:22} {median:>10.3}  ({least:.3} to {most:.3})");
             }
-            for (peer, bar) in metric.comparisons() {
-                let Some(ratio) = metric.ratio(peer) else {
-                    continue;
+            for comparison in metric.comparisons() {
+                let (figure, of) = match comparison.outcome {
+                    Outcome::Ratio(ratio) => (ratio, "of"),
+                    Outcome::More(more) => (more, "more than"),
+                    Outcome::None => continue,
                 };
-                let bar = bar.map_or_else(String::new, |bar| {
+                let verdict = comparison.bar.map_or_else(String::new, |bar| {
                     let sign = if metric.higher_is_better() {
                         '≥'
                     } else {
                         '≤'
                     };
-                    let met = if metric.meets(ratio, bar) {
+                    let met = if metric.meets(figure, bar) {
                         "met"
                     } else {
                         "NOT met"
                     };
                     format!(", to be {sign} {bar}: {met}")
                 });
-                println!("  = {ratio:.3} of {peer}{bar}");
+                println!("  = {figure:.3} {of} {}{verdict}", comparison.peer);
             }
         }
     }
@@ -134,17 +161,21 @@ impl Metric {
         Some(Spread::of(self.figures.get(&contender)?).median)
     }
 
-    fn ratio(&self, peer: Contender) -> Option<f64> {
-        let ratio = self.median(Contender::Ours)? / self.median(peer)?;
-        // Nothing can be compared with a peer that lost nothing.
-        ratio.is_finite().then_some(ratio)
+    fn compare(&self, peer: Contender, bar: Option<f64>) -> Comparison {
+        let figures = self.median(Contender::Ours).zip(self.median(peer));
+        let outcome = match figures {
+            Some((ours, its)) if peer.is_bridge() => Outcome::More(ours - its),
+            Some((ours, its)) if (ours / its).is_finite() => Outcome::Ratio(ours / its),
+            _ => Outcome::None,
+        };
+        Comparison { peer, outcome, bar }
     }
 
-    fn meets(&self, ratio: f64, bar: f64) -> bool {
+    fn meets(&self, figure: f64, bar: f64) -> bool {
         if self.higher_is_better() {
-            ratio >= bar
+            figure >= bar
         } else {
-            ratio <= bar
+            figure <= bar
         }
     }
 
@@ -154,8 +185,7 @@ impl Metric {
             .map(|&(_, _, bar)| bar)
     }
 
-    /// Whom ours is compared with, and what the ratio is to be.
-    fn comparisons(&self) -> Vec<(Contender, Option<f64>)> {
+    fn comparisons(&self) -> Vec<Comparison> {
         let mut peers: Vec<_> = self
             .figures
             .keys()
@@ -177,7 +207,17 @@ impl Metric {
             .bar(FLOOR_BARS)
             .filter(|_| self.figures.contains_key(&Contender::Floor));
         let floor = floor.map(|bar| (Contender::Floor, Some(bar)));
-        better.into_iter().chain(floor).collect()
+        let bridges = self.figures.keys().copied().filter(|peer| peer.is_bridge());
+        let bridges = bridges.map(|peer| {
+            let default = matches!(peer, Contender::Bridge(_));
+            (peer, self.bar(MORE_BARS).filter(|_| default))
+        });
+        better
+            .into_iter()
+            .chain(floor)
+            .chain(bridges)
+            .map(|(peer, bar)| self.compare(peer, bar))
+            .collect()
     }
 
     fn rows(&self) -> Vec<Value> {
@@ -193,27 +233,31 @@ impl Metric {
                 (contender.to_string(), value)
             })
             .collect();
-        let row = |peer: Option<Contender>, bar: Option<f64>| {
-            let ratio = peer.and_then(|peer| self.ratio(peer));
+        let row = |comparison: Option<&Comparison>| {
+            let peer = comparison.map(|comparison| comparison.peer);
+            let bar = comparison.and_then(|comparison| comparison.bar);
+            let (ratio, difference) = match comparison.map(|comparison| &comparison.outcome) {
+                Some(&Outcome::Ratio(ratio)) => (Some(ratio), None),
+                Some(&Outcome::More(more)) => (None, Some(more)),
+                Some(Outcome::None) | None => (None, None),
+            };
+            let figure = ratio.or(difference);
             json!({
                 "metric": self.name, "unit": self.unit,
                 "ours": self.median(Contender::Ours),
                 "peer": peer.and_then(|peer| self.median(peer)),
                 "peer_name": peer.map(|peer| peer.to_string()),
-                "ratio": ratio, "bar": bar,
+                "ratio": ratio, "difference": difference, "bar": bar,
                 "better": if self.higher_is_better() { "higher" } else { "lower" },
-                "met": ratio.zip(bar).map(|(ratio, bar)| self.meets(ratio, bar)),
+                "met": figure.zip(bar).map(|(figure, bar)| self.meets(figure, bar)),
                 "all": all,
             })
         };
         let comparisons = self.comparisons();
         if comparisons.is_empty() {
-            return vec![row(None, None)];
+            return vec![row(None)];
         }
-        comparisons
-            .into_iter()
-            .map(|(peer, bar)| row(Some(peer), bar))
-            .collect()
+        comparisons.iter().map(|it| row(Some(it))).collect()
     }
 }
 

@@ -17,14 +17,12 @@ use contract::{Attachment, Code, Command, Failure, Network};
 use serde_json::Value;
 use tailnode_plugin::{
     Error,
-    api::{Request, Response, Served},
+    api::{self, Request, Response, Served},
+    shim::{Place, other_version},
 };
 use tailnode_tun::Netns;
 
-use crate::{
-    device::{self, Name, Place},
-    print,
-};
+use crate::print;
 
 const QUESTION_TIMEOUT: Duration = Duration::from_secs(2);
 /// Nodes that log out take at most three seconds, all at once.
@@ -75,7 +73,7 @@ fn obey(command: Command) -> Result<Option<Value>, Failure> {
             // Runtimes ask for this more than once, and after the namespace or the daemon has gone:
             // there is nothing to fail for.
             let place = network.place(attachment.container_id.clone(), &attachment.ifname);
-            if let Err(error) = device::detach(&place) {
+            if let Err(error) = place.detach() {
                 eprintln!("tailscale: {}: {error}", subject(&network, &attachment));
             }
             Ok(None)
@@ -89,22 +87,18 @@ fn obey(command: Command) -> Result<Option<Value>, Failure> {
 
 fn add(network: &Network, attachment: &Attachment) -> Result<Value, Failure> {
     let netns = open(attachment)?;
-    let place = network.place(attachment.container_id.clone(), &attachment.ifname);
+    let place = network.place_of(attachment);
     if let Some(Served { device, .. }) = served(&place)? {
         let msg = format!(
             "it is attached already, by {device}: the runtime must ask for DEL before another ADD"
         );
         return Err(Failure::new(Code::Attached, msg));
     }
-    let name = match network.is_chained() {
-        true => Name::Numbered,
-        false => Name::Exactly(&attachment.ifname),
-    };
-    let attached = device::attach(&netns, &name, &place, &network.request(attachment))?;
+    let attached = place.attach(&netns)?;
     network
         .result(&attachment.netns, &attached)
         .inspect_err(|_| {
-            if let Err(error) = device::detach(&place) {
+            if let Err(error) = place.detach() {
                 eprintln!("tailscale: cleaning up: {error}");
             }
         })
@@ -140,9 +134,9 @@ fn collect(network: Network, owned: Vec<Place>) -> Result<(), Failure> {
         network_name: network.name,
         owned: owned.map(|it| (it.container_id, it.network_id)).collect(),
     };
-    match device::call(&request, COLLECT_TIMEOUT) {
+    match call(&request, COLLECT_TIMEOUT) {
         Ok(Response::Ok) => Ok(()),
-        Ok(_) => Err(device::other_version().into()),
+        Ok(_) => Err(other_version().into()),
         // Without the daemon there are no nodes.
         Err(error) if matches!(*error, Error::NotRunning { .. }) => Ok(()),
         Err(error) => Err(error.into()),
@@ -155,9 +149,9 @@ fn status(network: Network) -> Result<(), Failure> {
         network_name: network.name,
         network_options: network.options,
     };
-    match device::call(&request, QUESTION_TIMEOUT) {
+    match call(&request, QUESTION_TIMEOUT) {
         Ok(Response::Ok) => Ok(()),
-        Ok(_) => Err(Failure::from(device::other_version()).with(Code::Unavailable)),
+        Ok(_) => Err(Failure::from(other_version()).with(Code::Unavailable)),
         Err(error) => Err(Failure::from(error).with(Code::Unavailable)),
     }
 }
@@ -168,9 +162,9 @@ fn served(place: &Place) -> Result<Option<Served>, Failure> {
         container_id: place.container_id.clone(),
         network_id: place.network_id.clone(),
     };
-    match device::call(&request, QUESTION_TIMEOUT)? {
+    match call(&request, QUESTION_TIMEOUT)? {
         Response::Served(served) => Ok(served),
-        _ => Err(device::other_version().into()),
+        _ => Err(other_version().into()),
     }
 }
 
@@ -206,4 +200,8 @@ impl Command {
             Command::Version(asked) => (asked.clone(), String::new()),
         }
     }
+}
+
+fn call(request: &Request, timeout: Duration) -> Result<Response, Box<Error>> {
+    Ok(api::call(&api::socket_path(), request, None, timeout)?)
 }

@@ -8,7 +8,6 @@
 
 mod cni;
 mod contract;
-mod device;
 
 use std::{
     collections::BTreeMap,
@@ -21,13 +20,13 @@ use std::{
 };
 
 use contract::{API_VERSION, Attachment, NewNetwork, StatusBlock};
-use device::{Name, Place};
 use serde::{Serialize, de::DeserializeOwned};
 use serde_json::json;
 use tailnode_plugin::{
     Error,
-    api::{Engine, Request},
+    api::{self, Engine, Request},
     options::Layer,
+    shim::Place,
 };
 use tailnode_tun::Netns;
 
@@ -84,8 +83,8 @@ fn create(network: NewNetwork) -> Result<NewNetwork, String> {
         network_name: network.name().to_owned(),
         network_options: options,
     };
-    if let Err(error) = device::call(&request, CREATE_TIMEOUT)
-        && let Error::Daemon { message } = *error
+    if let Err(Error::Daemon { message }) =
+        api::call(&api::socket_path(), &request, None, CREATE_TIMEOUT)
     {
         return Err(in_network(message));
     }
@@ -100,17 +99,8 @@ fn setup(netns: &Path, attachment: &Attachment) -> Result<StatusBlock, String> {
 
 fn attach(netns: &Path, attachment: &Attachment) -> Result<StatusBlock, String> {
     let netns = Netns::open(netns).map_err(|error| error.to_string())?;
-    let request = Request::Attach {
-        engine: Engine::Podman,
-        container_id: attachment.container_id.clone(),
-        container_name: attachment.container_name.clone(),
-        network_id: attachment.network.id.clone(),
-        network_name: attachment.network.name.clone(),
-        network_options: attachment.network.options.clone(),
-        endpoint_options: attachment.network_options.options.clone(),
-        annotations: BTreeMap::new(),
-    };
-    let attached = device::attach(&netns, &Name::Numbered, &place(attachment), &request)
+    let attached = place(attachment)
+        .attach(&netns)
         .map_err(|error| error.to_string())?;
     Ok(StatusBlock::new(
         attached.device,
@@ -123,7 +113,7 @@ fn attach(netns: &Path, attachment: &Attachment) -> Result<StatusBlock, String> 
 /// A container stops. The engine asks for this more than once, and after the container's namespace
 /// or the daemon has gone: there is nothing to fail for.
 fn teardown(attachment: &Attachment) {
-    if let Err(error) = device::detach(&place(attachment)) {
+    if let Err(error) = place(attachment).detach() {
         eprintln!("tailscale: {}: {error}", subject(attachment));
     }
 }
@@ -132,7 +122,13 @@ fn place(attachment: &Attachment) -> Place {
     Place {
         engine: Engine::Podman,
         container_id: attachment.container_id.clone(),
+        container_name: attachment.container_name.clone(),
         network_id: attachment.network.id.clone(),
+        network_name: attachment.network.name.clone(),
+        network_options: attachment.network.options.clone(),
+        endpoint_options: attachment.network_options.options.clone(),
+        annotations: BTreeMap::new(),
+        device: None,
     }
 }
 

@@ -72,8 +72,10 @@ const LOGOUT: Duration = Duration::from_secs(4);
 /// How often it is kept until when the node has run, beside when it ends: after a crash it may be
 /// off by this.
 const MARK_EVERY: Duration = Duration::from_secs(600);
-/// At most how often the map is written to disk.
+/// At most how often the map is written to disk, and so much later for each peer in it: the more
+/// there are, the more it costs, and the more often one of them changes.
 const SAVE_EVERY: Duration = Duration::from_secs(5);
+const SAVE_EVERY_PEER: Duration = Duration::from_millis(5);
 
 /// What a node needs to be.
 #[derive(Debug)]
@@ -377,7 +379,7 @@ impl Node {
             ephemeral: config.ephemeral,
             store: Arc::new(store),
             saving: None,
-            unsaved: None,
+            save_at: None,
             netmap: Netmap::default(),
             resolver,
             zone: zone.clone(),
@@ -599,8 +601,8 @@ struct Task {
     store: Arc<Store>,
     /// The writing of a map that is under way.
     saving: Option<JoinHandle<()>>,
-    /// Since when the map on disk is older than ours.
-    unsaved: Option<Instant>,
+    /// When to write the map to disk; `None`: there it is as it is here.
+    save_at: Option<Instant>,
     netmap: Netmap,
     resolver: Resolver,
     zone: Zone,
@@ -724,7 +726,9 @@ impl Task {
             ..
         } = self;
         // First what others see: the logout may take seconds.
-        drop((presence, segment, door, udp, relays));
+        drop((presence, segment, udp, relays));
+        // The kernel takes some 20 ms to end a device, in which other nodes want this thread.
+        let closed = tokio::task::spawn_blocking(move || drop(door));
         if logout && let Some(session) = session {
             // It logs its own failure, and nobody is there to hear of it.
             let _ = session.logout(LOGOUT).await;
@@ -733,6 +737,8 @@ impl Task {
             // It logs its own failures.
             let _ = saving.await;
         }
+        // It does nothing but close.
+        let _ = closed.await;
         drop(store);
         login.send_replace(Login::Stopped);
         if let Some(done) = stopped {
@@ -969,15 +975,15 @@ impl Task {
         if let Some(tick) = self.next_tick {
             deadline = deadline.min(tick);
         }
-        if let Some(since) = self.unsaved {
-            deadline = deadline.min(since + SAVE_EVERY);
+        if let Some(at) = self.save_at {
+            deadline = deadline.min(at);
         }
         deadline
     }
 
     fn tick(&mut self) -> Result<(), Closed> {
         let now = Instant::now();
-        if self.unsaved.is_some_and(|since| now >= since + SAVE_EVERY) {
+        if self.save_at.is_some_and(|at| now >= at) {
             self.save();
         }
         if now >= self.next_check {
@@ -1120,7 +1126,7 @@ impl Task {
         self.login.send_replace(Login::Stopped);
         self.netmap = Netmap::default();
         self.take_changes(&Changes::everything(), false);
-        self.unsaved.get_or_insert_with(Instant::now);
+        self.save_within(SAVE_EVERY);
         let session = self.session.take();
         tokio::spawn(async move {
             let told = match session {
@@ -1146,7 +1152,7 @@ impl Task {
                 let changes = self.netmap.set_lock(lock);
                 let live = self.known.borrow().live;
                 self.take_changes(&changes, live);
-                self.unsaved.get_or_insert_with(Instant::now);
+                self.save_within(SAVE_EVERY);
             }
             control::Event::Map { response, first } => self.map(*response, first),
             control::Event::Keys { keys, kept } => {
@@ -1176,7 +1182,11 @@ impl Task {
             self.netmap.apply(response, now)
         };
         self.take_changes(&changes, true);
-        self.unsaved.get_or_insert_with(Instant::now);
+        let peers = u32::try_from(self.netmap.peers.len()).unwrap_or(u32::MAX);
+        self.save_within(match first {
+            true => SAVE_EVERY,
+            false => SAVE_EVERY + SAVE_EVERY_PEER * peers,
+        });
     }
 
     fn take_changes(&mut self, changes: &Changes, live: bool) {
@@ -1274,9 +1284,15 @@ impl Task {
         }
     }
 
+    /// Has the map written to disk at the latest after `time`.
+    fn save_within(&mut self, time: Duration) {
+        let at = Instant::now() + time;
+        self.save_at = Some(self.save_at.map_or(at, |before| before.min(at)));
+    }
+
     /// Writes to disk what is newer here, off this thread: the disk may take its time.
     fn save(&mut self) {
-        let netmap = self.unsaved.take().map(|_| self.netmap.clone());
+        let netmap = self.save_at.take().map(|_| self.netmap.clone());
         let latest = self.latest.look();
         let (store, before) = (self.store.clone(), self.saving.take());
         self.next_mark = Instant::now() + MARK_EVERY;

@@ -57,7 +57,7 @@ pub enum Request {
         engine: Engine,
         /// The engine's id of the container.
         container_id: String,
-        /// Its name.
+        /// Its name; where it is empty, Podman's database has it.
         container_name: String,
         /// The engine's id of the network.
         network_id: String,
@@ -67,7 +67,7 @@ pub enum Request {
         network_options: BTreeMap<String, String>,
         /// Those of this container on it.
         endpoint_options: BTreeMap<String, String>,
-        /// The container's annotations, where the engine tells them.
+        /// The container's annotations, where the caller was told; Podman's database has its own.
         annotations: BTreeMap<String, String>,
     },
     /// Whether a network may have these options under the host's configuration: `Ok`, or why not.
@@ -216,10 +216,13 @@ pub struct Served {
 }
 
 /// A container engine.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize,
+)]
 #[serde(rename_all = "kebab-case")]
 pub enum Engine {
-    /// Podman, through netavark.
+    /// Podman, through netavark or its hooks.
+    #[default]
     Podman,
     /// Docker, through its plugin socket.
     Docker,
@@ -486,7 +489,7 @@ mod tests {
             network_name: "tn1".into(),
             network_options: [("tags".to_owned(), "tag:foo".to_owned())].into(),
             endpoint_options: [("hostname".to_owned(), "zz".to_owned())].into(),
-            annotations: BTreeMap::new(),
+            annotations: [("tailscale.tags".to_owned(), "tag:x".to_owned())].into(),
         }
     }
 
@@ -496,9 +499,10 @@ mod tests {
             serde_json::to_value(attach()).unwrap(),
             serde_json::json!({
                 "op": "attach", "engine": "podman", "container_id": "ae48c7267541",
-                "container_name": "c1", "annotations": {},
+                "container_name": "c1",
                 "network_id": "7d2f", "network_name": "tn1",
                 "network_options": {"tags": "tag:foo"}, "endpoint_options": {"hostname": "zz"},
+                "annotations": {"tailscale.tags": "tag:x"},
             })
         );
         assert_eq!(

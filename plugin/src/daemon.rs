@@ -215,6 +215,13 @@ impl Shims {
         sent
     }
 
+    /// The name of a container; of one that Podman does not know, its short id.
+    async fn podman_name(&self, container_id: &str) -> String {
+        let (database, id) = (self.podman_db.clone(), container_id.to_owned());
+        let name = blocking(move || podman::name(&database, &id)).await;
+        name.unwrap_or_else(|| container_id.get(..12).unwrap_or(container_id).to_owned())
+    }
+
     /// Does what is asked; a node that was made ready for it is also put into `ready`.
     async fn answer(
         &self,
@@ -234,6 +241,11 @@ impl Shims {
                 annotations,
             } => {
                 let deadline = tokio::time::Instant::now() + ATTACH;
+                let container_name = if container_name.is_empty() {
+                    self.podman_name(&container_id).await
+                } else {
+                    container_name
+                };
                 let subject = format!("container {container_name} on network {network_name}");
                 let attach = async {
                     let device = device.ok_or(Error::NoDevice)?;

@@ -1,7 +1,7 @@
 //! `tailnoded`, the daemon that runs the nodes of a host's containers, and the API by which the
 //! engines' shims and the command line talk to it.
 //!
-//! [`api`] is all that a shim needs: it blocks and brings no runtime. [`daemon`] is the program.
+//! [`shim`] and [`api`] are all that a shim needs: they block and bring no runtime. [`daemon`] is the program.
 //! In between, [`options`] decides who a container's node is, [`secrets`] what it joins with, the endpoints say which container
 //! has which node, and `docker` speaks Docker's plugin protocol.
 
@@ -15,5 +15,6 @@ mod interface;
 pub mod options;
 mod podman;
 pub mod secrets;
+pub mod shim;
 
 pub use error::Error;

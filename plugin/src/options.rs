@@ -8,7 +8,7 @@ mod values;
 mod words;
 
 use ipnet::IpNet;
-pub use layer::{Layer, Marks, Settled, Surface, Told, settle};
+pub use layer::{Layer, Marks, Settled, Surface, TUN_ANNOTATION, Told, settle};
 pub use table::{Entry, TABLE, Value};
 use tailnode_node::{ExitNode, RoutePreferences};
 use tailnode_tun::Exit;

@@ -100,6 +100,24 @@ pub(crate) fn marks(database: &Path, container_id: &str) -> Marks {
     })
 }
 
+/// The container's name; `None` when it cannot be read. Blocks for at most a quarter of a second.
+pub(crate) fn name(database: &Path, container_id: &str) -> Option<String> {
+    let read = |podman: Connection| {
+        let sql = "SELECT Name FROM ContainerConfig WHERE ID = ?";
+        podman
+            .query_row(sql, [container_id], |row| row.get(0))
+            .map(Some)
+    };
+    look(database, read).unwrap_or_else(|error| {
+        tracing::warn!(
+            container_id,
+            database = %database.display(),
+            "cannot read the container's name: {error}"
+        );
+        None
+    })
+}
+
 /// The names of all containers; `None` when they cannot be read. Blocks for at most a quarter of a
 /// second.
 pub(crate) fn names(database: &Path) -> Option<HashSet<String>> {
@@ -221,6 +239,8 @@ mod tests {
         );
         let all = ["web", "bare", "odd"].map(String::from);
         assert_eq!(names(&path), Some(all.into()));
+        assert_eq!(name(&path, "c1").as_deref(), Some("web"));
+        assert_eq!(name(&path, "c4"), None);
         for id in ["c2", "c3", "c4"] {
             assert_eq!(marks(&path, id), Marks::default(), "{id}");
         }

@@ -8,12 +8,10 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 use tailnode_plugin::{
     Error,
-    api::{Engine, Request},
+    api::Engine,
     options::Layer,
+    shim::{Attached, Place},
 };
-
-use crate::device::{Attached, Place};
-
 /// The versions of the interface that are spoken, the newest last.
 pub const VERSIONS: [&str; 3] = ["0.4.0", "1.0.0", "1.1.0"];
 const NEWEST: &str = VERSIONS[2];
@@ -364,21 +362,19 @@ impl Network {
             engine: Engine::Cni,
             container_id,
             network_id: format!("{}/{ifname}", self.name),
+            ..Place::default()
         }
     }
 
-    /// What to ask of the daemon to attach a container.
-    pub fn request(&self, attachment: &Attachment) -> Request {
-        let place = self.place(attachment.container_id.clone(), &attachment.ifname);
-        Request::Attach {
-            engine: place.engine,
-            container_id: place.container_id,
+    /// The same, with all that is asked for it.
+    pub fn place_of(&self, attachment: &Attachment) -> Place {
+        Place {
             container_name: attachment.name(),
-            network_id: place.network_id,
             network_name: self.name.clone(),
             network_options: self.options.clone(),
-            endpoint_options: BTreeMap::new(),
             annotations: self.annotations.clone(),
+            device: (!self.is_chained()).then(|| attachment.ifname.clone()),
+            ..self.place(attachment.container_id.clone(), &attachment.ifname)
         }
     }
 

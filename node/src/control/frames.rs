@@ -1,14 +1,28 @@
 //! The framing of the map stream: a little-endian length of 4 bytes, then zstd of JSON.
 
-use std::io::{self, Read};
+use std::{
+    cell::RefCell,
+    io::{self, Read},
+};
 
 use bytes::{Buf, BytesMut};
 use tailnode_wire::tailcfg::MapResponse;
 use tokio_util::codec::Decoder;
+use zstd::{
+    stream::read::Decoder as Unpacker,
+    zstd_safe::{DCtx, ResetDirective, get_error_name},
+};
 
 /// Largest message, packed or not: about 30,000 peers with all their details.
 const MAX_MESSAGE: usize = 64 << 20;
 const HEADER: usize = 4;
+/// Most messages are changes, shorter than this. What unpacks them costs more to make than to use,
+/// and is kept; after a longer one it would be as large as that.
+const SHORT: usize = 16 << 10;
+
+thread_local! {
+    static FOR_SHORT: RefCell<DCtx<'static>> = RefCell::new(DCtx::create());
+}
 
 /// Why the stream is of no more use.
 #[derive(Debug, thiserror::Error)]
@@ -49,17 +63,29 @@ impl Decoder for Frames {
         }
         src.advance(HEADER);
         let packed = src.split_to(len);
-        let mut json = Vec::new();
-        zstd::stream::read::Decoder::with_buffer(&packed[..])
-            .map_err(Error::Packed)?
-            .take(MAX_MESSAGE as u64 + 1)
-            .read_to_end(&mut json)
-            .map_err(Error::Packed)?;
-        if json.len() > MAX_MESSAGE {
-            return Err(Error::Long);
-        }
+        let json = if packed.len() <= SHORT {
+            FOR_SHORT.with_borrow_mut(|unpacking| unpack(&packed, unpacking))?
+        } else {
+            unpack(&packed, &mut DCtx::create())?
+        };
         Ok(Some(serde_json::from_slice(&json)?))
     }
+}
+
+fn unpack(packed: &[u8], unpacking: &mut DCtx<'static>) -> Result<Vec<u8>, Error> {
+    // What an earlier message that broke off has left.
+    unpacking
+        .reset(ResetDirective::SessionOnly)
+        .map_err(|code| Error::Packed(io::Error::other(get_error_name(code))))?;
+    let mut json = Vec::new();
+    Unpacker::with_context(packed, unpacking)
+        .take(MAX_MESSAGE as u64 + 1)
+        .read_to_end(&mut json)
+        .map_err(Error::Packed)?;
+    if json.len() > MAX_MESSAGE {
+        return Err(Error::Long);
+    }
+    Ok(json)
 }
 
 #[cfg(test)]

@@ -83,6 +83,9 @@ impl fmt::Display for Origin {
     }
 }
 
+/// The annotation by which a container gets the kernel's TUN device, for a tunnel of its own.
+pub const TUN_ANNOTATION: &str = "tailscale.tun";
+
 /// What one surface sets. Its values have been read and are good.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Layer(BTreeMap<&'static str, Setting>);
@@ -122,7 +125,10 @@ impl Layer {
     pub fn of_marks(marks: &Marks) -> Result<Self, Error> {
         let mut layer = Layer::default();
         layer.set_variables(&marks.environment, Origin::Variable)?;
-        layer.set_carried(&marks.annotations, Origin::Annotation)?;
+        let mut annotations = marks.annotations.clone();
+        // For the hook alone, and no option of the node.
+        annotations.remove(TUN_ANNOTATION);
+        layer.set_carried(&annotations, Origin::Annotation)?;
         layer.set_carried(&marks.labels, Origin::Label)?;
         layer.agrees()
     }

@@ -39,6 +39,20 @@ fn told(layers: &[&Layer], key: &str) -> Told {
     told.find(|told| told.key == key).unwrap()
 }
 
+#[test]
+fn the_hooks_word_is_no_option() {
+    let annotated = Layer::of_marks(&Marks {
+        annotations: pairs(&[(TUN_ANNOTATION, "true"), ("tailscale.hostname", "web")]),
+        ..Marks::default()
+    });
+    assert_eq!(
+        options(&annotated.unwrap()).hostname.as_deref(),
+        Some("web")
+    );
+    // The hook hears no labels.
+    assert!(labels(&[(TUN_ANNOTATION, "true")]).is_err());
+}
+
 const SURFACES: [Surface; 4] = [
     Surface::File,
     Surface::Network,

@@ -65,7 +65,7 @@ fn a_pod_is_asked_for_with_its_network_s_options_and_its_own() {
         "ipam": {},
     }));
     assert_eq!((&*pod.netns, &*pod.ifname), ("/run/netns/web", "eth0"));
-    let Request::Attach {
+    let Place {
         engine,
         container_id,
         container_name,
@@ -73,11 +73,10 @@ fn a_pod_is_asked_for_with_its_network_s_options_and_its_own() {
         network_name,
         network_options,
         annotations,
+        device,
         ..
-    } = network.request(&pod)
-    else {
-        panic!("no request to attach");
-    };
+    } = network.place_of(&pod);
+    assert_eq!(device.as_deref(), Some("eth0"));
     assert_eq!(engine, Engine::Cni);
     assert_eq!(
         [container_id, container_name, network_id, network_name],
