@@ -177,9 +177,10 @@ impl Default for Netmap {
 impl Netmap {
     /// Has its peers in memory once with all maps that do the same.
     pub fn share(&mut self, known: Known) {
-        for peer in self.peers.values_mut() {
-            *peer = known.share(Node::clone(peer));
-        }
+        let peers = mem::take(&mut self.peers).into_iter();
+        self.peers = peers
+            .map(|(id, peer)| (id, known.share(Arc::unwrap_or_clone(peer))))
+            .collect();
         self.known = known;
     }
 
