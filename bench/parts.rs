@@ -103,9 +103,7 @@ fn session(c: &mut Criterion) {
                 out.clear();
                 for (way, train, each) in sealed.trains(|each| each * 64) {
                     assert_eq!(way, To::Address(to));
-                    for datagram in train.chunks(each) {
-                        far.router.on_udp(from, datagram, now, &mut out);
-                    }
+                    far.router.on_udp(from, train, each, now, &mut out);
                 }
                 let (bytes, packets) = out.for_container();
                 assert_eq!(packets.len(), BURST);
@@ -254,15 +252,13 @@ fn pair() -> (Side, Side) {
         };
         let mut answer = Out::default();
         for (way, bytes, each) in out.trains(|each| each * 64) {
-            for datagram in bytes.chunks(each) {
-                match way {
-                    To::Address(_) => {
-                        to.router.on_udp(from.address, datagram, now, &mut answer);
-                    }
-                    To::Relay(region, _) => {
-                        let key = &from.keys.node.public;
-                        to.router.on_relay(region, key, datagram, now, &mut answer);
-                    }
+            match way {
+                To::Address(_) => to
+                    .router
+                    .on_udp(from.address, bytes, each, now, &mut answer),
+                To::Relay(region, _) => {
+                    let key = &from.keys.node.public;
+                    to.router.on_relay(region, key, bytes, now, &mut answer);
                 }
             }
         }

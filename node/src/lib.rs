@@ -26,6 +26,7 @@ mod segment;
 mod state;
 mod status;
 mod udp;
+mod wireguard;
 
 pub use auth_key::{AuthKey, BadKey, OauthClient, Secret};
 pub use device::Offload;

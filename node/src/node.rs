@@ -802,18 +802,17 @@ impl Task {
                 }
                 for (from, train, size) in batch.trains() {
                     bytes += train.len();
-                    let mut router = self.door.router();
-                    for datagram in train.chunks(size) {
-                        if stun::is_stun(datagram) {
+                    if train.chunks(size).any(stun::is_stun) {
+                        // No server of STUN's is a peer.
+                        for datagram in train.chunks(size) {
                             if self.netcheck.answer(datagram, now) && !self.netcheck.waiting(now) {
                                 self.next_check = now;
                             }
-                        } else {
-                            self.next_tick.get_or_insert(now + FIRST_TICK);
-                            router.on_udp(from, datagram, now, out);
                         }
+                    } else {
+                        self.next_tick.get_or_insert(now + FIRST_TICK);
+                        self.door.router().on_udp(from, train, size, now, out);
                     }
-                    drop(router);
                     if out.len() > FLUSH {
                         self.flush(out, joiner)?;
                     }

@@ -144,9 +144,45 @@ impl<'a> Burst<'a> {
     /// Hands each packet to `take`, in order and with its checksums done. `scratch` is where they
     /// are made.
     pub fn packets(&self, scratch: &mut Vec<u8>, mut take: impl FnMut(&[u8])) {
-        match self.cut {
-            None => take(self.bytes),
-            Some(cut) => cut.packets(self.bytes, scratch, take),
+        let Some(cut) = self.cut else {
+            return take(self.bytes);
+        };
+        for number in 0..cut.count(self.bytes) {
+            scratch.resize(cut.len(self.bytes, number), 0);
+            cut.make(self.bytes, number, scratch);
+            take(scratch);
+        }
+    }
+
+    /// How many bytes all packets need, each with `around` more.
+    pub fn room(&self, around: usize) -> usize {
+        let Some(cut) = self.cut else {
+            return self.bytes.len() + around;
+        };
+        let count = cut.count(self.bytes);
+        self.bytes.len() + (count - 1) * cut.payload + count * around
+    }
+
+    /// Puts all packets into `bytes`, one behind the other and with `before` and `after` bytes of
+    /// room around each, and hands `take` where each lies, with its room.
+    pub fn spread(
+        &self,
+        bytes: &mut [u8],
+        before: usize,
+        after: usize,
+        mut take: impl FnMut(Range<usize>),
+    ) {
+        let Some(cut) = self.cut else {
+            let end = before + self.bytes.len();
+            bytes[before..end].copy_from_slice(self.bytes);
+            return take(0..end + after);
+        };
+        let mut start = 0;
+        for number in 0..cut.count(self.bytes) {
+            let end = start + before + cut.len(self.bytes, number);
+            cut.make(self.bytes, number, &mut bytes[start + before..end]);
+            take(start..end + after);
+            start = end + after;
         }
     }
 }
@@ -183,7 +219,18 @@ impl Cut {
         })
     }
 
-    fn packets(self, bytes: &[u8], scratch: &mut Vec<u8>, mut take: impl FnMut(&[u8])) {
+    /// How many packets it makes.
+    fn count(self, bytes: &[u8]) -> usize {
+        (bytes.len() - self.payload).div_ceil(self.size)
+    }
+
+    /// How long the packet `number` is.
+    fn len(self, bytes: &[u8], number: usize) -> usize {
+        self.payload + (bytes.len() - self.payload - number * self.size).min(self.size)
+    }
+
+    /// Makes the packet `number`, which is as long as `packet`.
+    fn make(self, bytes: &[u8], number: usize, packet: &mut [u8]) {
         let Self {
             transport,
             payload,
@@ -191,42 +238,34 @@ impl Cut {
             udp,
         } = self;
         let (headers, data) = bytes.split_at(payload);
-        let v4 = headers[0] >> 4 == 4;
-        let first_id = be16(headers, 4);
-        let first_sequence = if udp { 0 } else { be32(headers, transport + 4) };
-        let pieces = data.chunks(size);
-        let last = pieces.len() - 1;
-        for (number, piece) in pieces.enumerate() {
-            scratch.clear();
-            scratch.extend_from_slice(headers);
-            scratch.extend_from_slice(piece);
-            let packet = scratch.as_mut_slice();
-            if v4 {
-                put16(packet, 4, first_id.wrapping_add(number as u16));
-            }
-            set_length(packet, transport);
-            let sum_at = if udp {
-                put16(packet, transport + 4, (packet.len() - transport) as u16);
-                transport + UDP_SUM
-            } else {
-                let sequence = first_sequence.wrapping_add((number * size) as u32);
-                packet[transport + 4..transport + 8].copy_from_slice(&sequence.to_be_bytes());
-                let flags = &mut packet[transport + 13];
-                if number != last {
-                    *flags &= !(FIN | PSH);
-                }
-                if number != 0 {
-                    *flags &= !CWR;
-                }
-                transport + TCP_SUM
-            };
-            put16(packet, sum_at, 0);
-            let protocol = if udp { protocol::UDP } else { protocol::TCP };
-            let pseudo = pseudo(packet, protocol, packet.len() - transport);
-            let sum = sum(pseudo, &packet[transport..]);
-            packet[sum_at..sum_at + 2].copy_from_slice(&checksum(sum, udp).to_be_bytes());
-            take(packet);
+        let (new_headers, piece) = packet.split_at_mut(payload);
+        new_headers.copy_from_slice(headers);
+        piece.copy_from_slice(&data[number * size..][..piece.len()]);
+        if headers[0] >> 4 == 4 {
+            put16(packet, 4, be16(headers, 4).wrapping_add(number as u16));
         }
+        set_length(packet, transport);
+        let sum_at = if udp {
+            put16(packet, transport + 4, (packet.len() - transport) as u16);
+            transport + UDP_SUM
+        } else {
+            let first = be32(headers, transport + 4);
+            let sequence = first.wrapping_add((number * size) as u32);
+            packet[transport + 4..transport + 8].copy_from_slice(&sequence.to_be_bytes());
+            let flags = &mut packet[transport + 13];
+            if (number + 1) * size < data.len() {
+                *flags &= !(FIN | PSH);
+            }
+            if number != 0 {
+                *flags &= !CWR;
+            }
+            transport + TCP_SUM
+        };
+        put16(packet, sum_at, 0);
+        let protocol = if udp { protocol::UDP } else { protocol::TCP };
+        let pseudo = pseudo(packet, protocol, packet.len() - transport);
+        let sum = sum(pseudo, &packet[transport..]);
+        packet[sum_at..sum_at + 2].copy_from_slice(&checksum(sum, udp).to_be_bytes());
     }
 }
 

@@ -8,22 +8,14 @@ use std::{
     collections::{BTreeSet, HashMap, VecDeque},
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     ops::Range,
-    sync::Arc,
     time::{Duration, Instant},
 };
 
-use boringtun::{
-    noise::{
-        Packet as WireGuardPacket, Tunn, TunnResult, handshake::parse_handshake_anon,
-        rate_limiter::RateLimiter,
-    },
-    x25519,
-};
 use ipnet::IpNet;
 use slab::Slab;
 use tailnode_wire::{
     disco,
-    keys::{DiscoPrivateKey, DiscoPublicKey, ExportableKey, NodePublicKey},
+    keys::{DiscoPrivateKey, DiscoPublicKey, NodePublicKey},
     tailcfg::{self, NodeId, RegionId},
 };
 use tracing::{debug, trace};
@@ -38,6 +30,7 @@ use crate::{
     routes::Preferences,
     state::Keys,
     status::{PeerPath, PeerStatus},
+    wireguard::{self, Due, Heard, Identity, Kind, Tunnel},
 };
 
 /// MagicDNS, as every tailnet has it (net/tsaddr/tsaddr.go).
@@ -45,11 +38,8 @@ pub const SERVICE_V4: Ipv4Addr = Ipv4Addr::new(100, 100, 100, 100);
 /// MagicDNS by IPv6 (net/tsaddr/tsaddr.go).
 pub const SERVICE_V6: Ipv6Addr = Ipv6Addr::new(0xfd7a, 0x115c, 0xa1e0, 0, 0, 0, 0, 0x53);
 
-/// A WireGuard datagram is this much longer than its packet, and a handshake this long.
-const WIREGUARD_OVERHEAD: usize = 32;
-const WIREGUARD_MIN: usize = 148;
-/// Handshakes a second before cookies are asked for; each costs two looks at the limiter.
-const HANDSHAKE_RATE: u64 = 200;
+/// The lower bits of an index tell a peer's sessions apart, the others are its slot.
+const INDEX_BITS: u32 = 8;
 /// The first of a handshake's early repetitions; each waits twice as long as the one before.
 /// Peers that have just started do not know each other yet, and WireGuard's own repetition comes
 /// after 5 s, which is long for a container's first connection.
@@ -62,7 +52,7 @@ const CALLERS: usize = 64;
 const CALLED: Duration = Duration::from_secs(6);
 /// How long the news of a peer's restart may be on its way.
 const NEWS: Duration = Duration::from_secs(10);
-/// WireGuard's timers are in whole seconds; this is often enough to keep them.
+/// WireGuard's times are in whole seconds; this is often enough to keep them.
 const TICK_BUSY: Duration = Duration::from_millis(250);
 const TICK_IDLE: Duration = Duration::from_secs(1);
 /// The port at this address is a DERP region, where an address is wanted (tailcfg.DerpMagicIP).
@@ -154,27 +144,26 @@ impl Out {
 
     /// Puts a ready datagram.
     pub fn put(&mut self, to: To, bytes: &[u8]) {
-        let range = self.room(bytes.len());
-        self.bytes[range.clone()].copy_from_slice(bytes);
-        self.len = range.end;
+        let range = self.append(bytes);
         self.sends.push((to, range));
     }
 
-    /// Lets `write` fill a buffer of `room` bytes at the end and say how many it used.
-    fn write(
-        &mut self,
-        room: usize,
-        write: impl FnOnce(&mut [u8]) -> Wrote,
-    ) -> (Wrote, Range<usize>) {
-        let range = self.room(room);
-        let start = range.start;
-        let wrote = write(&mut self.bytes[range]);
-        let len = match wrote {
-            Wrote::Network(len) | Wrote::Packet(len) => len,
-            Wrote::Nothing | Wrote::Expired => 0,
-        };
-        self.len = start + len;
-        (wrote, start..start + len)
+    /// Puts the packets of a burst, each with room for what makes it a datagram.
+    fn cut(&mut self, burst: &Burst<'_>, mut take: impl FnMut(Range<usize>)) {
+        let room = self.room(burst.room(wireguard::OVERHEAD));
+        let start = room.start;
+        self.len = room.end;
+        let (before, after) = (wireguard::HEADER, wireguard::TAG);
+        burst.spread(&mut self.bytes[room], before, after, |packet| {
+            take(start + packet.start..start + packet.end);
+        });
+    }
+
+    fn append(&mut self, bytes: &[u8]) -> Range<usize> {
+        let range = self.room(bytes.len());
+        self.bytes[range.clone()].copy_from_slice(bytes);
+        self.len = range.end;
+        range
     }
 
     /// Memory at the end that is not in use yet.
@@ -184,34 +173,6 @@ impl Out {
             self.bytes.resize(range.end, 0);
         }
         range
-    }
-}
-
-/// What WireGuard put into the buffer it was given, always at its start.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Wrote {
-    Nothing,
-    Network(usize),
-    Packet(usize),
-    Expired,
-}
-
-impl From<TunnResult<'_>> for Wrote {
-    fn from(result: TunnResult<'_>) -> Self {
-        match result {
-            TunnResult::Done => Self::Nothing,
-            TunnResult::WriteToNetwork(bytes) => Self::Network(bytes.len()),
-            TunnResult::WriteToTunnelV4(bytes, _) | TunnResult::WriteToTunnelV6(bytes, _) => {
-                Self::Packet(bytes.len())
-            }
-            TunnResult::Err(boringtun::noise::errors::WireGuardError::ConnectionExpired) => {
-                Self::Expired
-            }
-            TunnResult::Err(error) => {
-                trace!(?error, "WireGuard refused a datagram");
-                Self::Nothing
-            }
-        }
     }
 }
 
@@ -240,14 +201,16 @@ fn is_query(packet: &Packet<'_>) -> bool {
     )
 }
 
+/// A tunnel whose index names the peer's slot in every datagram that comes back.
+fn tunnel(peer: NodePublicKey, slot: usize, now: Instant) -> Box<Tunnel> {
+    Box::new(Tunnel::new(peer, (slot as u32) << INDEX_BITS, now))
+}
+
 /// One node's peers and how to reach them.
 pub struct Router {
-    private: x25519::StaticSecret,
-    public: x25519::PublicKey,
+    identity: Identity,
     node_key: NodePublicKey,
     disco: DiscoPrivateKey,
-    limiter: Arc<RateLimiter>,
-    limiter_reset: Option<Instant>,
     peers: Slab<Peer>,
     by_id: HashMap<NodeId, usize>,
     by_key: HashMap<NodePublicKey, usize>,
@@ -266,8 +229,7 @@ pub struct Router {
     lost_a_path: bool,
     // Memory that is kept from packet to packet.
     actions: Vec<Action>,
-    sealed: Vec<Range<usize>>,
-    scratch: Vec<u8>,
+    datagrams: Vec<Range<usize>>,
 }
 
 struct Peer {
@@ -282,8 +244,8 @@ struct Peer {
     /// Made when the first disco message to or from the peer needs it.
     sealed: Option<disco::Pair>,
     routes: Vec<IpNet>,
-    /// WireGuard's state, some 10 KiB; only for peers in use.
-    tunnel: Option<Box<Tunn>>,
+    /// WireGuard's state, some KiB; only for peers in use.
+    tunnel: Option<Box<Tunnel>>,
     /// While a first handshake goes unanswered: when to repeat it, and how long to wait after.
     retry: Option<(Instant, Duration)>,
     path: Path,
@@ -312,22 +274,17 @@ impl Peer {
         self.routes.iter().filter(is_subnet).copied()
     }
 
-    fn is_in_session(&self) -> bool {
+    fn is_in_session(&self, now: Instant) -> bool {
         let tunnel = self.tunnel.as_ref();
-        tunnel.is_some_and(|tunnel| tunnel.time_since_last_handshake().is_some())
+        tunnel.is_some_and(|tunnel| tunnel.is_ready(now))
     }
 }
 
 impl Router {
     /// A router without peers that lets nothing in.
     pub fn new(keys: &Keys) -> Self {
-        let private = x25519::StaticSecret::from(*keys.node.private.export().as_bytes());
-        let public = x25519::PublicKey::from(&private);
         Self {
-            limiter: Arc::new(RateLimiter::new(&public, HANDSHAKE_RATE)),
-            limiter_reset: None,
-            private,
-            public,
+            identity: Identity::new(keys.node.clone()),
             node_key: keys.node.public,
             disco: keys.disco.private.clone(),
             peers: Slab::new(),
@@ -344,8 +301,7 @@ impl Router {
             relays: BTreeSet::new(),
             lost_a_path: false,
             actions: Vec::new(),
-            sealed: Vec::new(),
-            scratch: Vec::new(),
+            datagrams: Vec::new(),
         }
     }
 
@@ -426,10 +382,8 @@ impl Router {
 
     /// Takes a new node key; every session begins anew.
     pub fn set_keys(&mut self, keys: &Keys) {
-        self.private = x25519::StaticSecret::from(*keys.node.private.export().as_bytes());
-        self.public = x25519::PublicKey::from(&self.private);
+        self.identity = Identity::new(keys.node.clone());
         self.node_key = keys.node.public;
-        self.limiter = Arc::new(RateLimiter::new(&self.public, HANDSHAKE_RATE));
         for (_, peer) in &mut self.peers {
             peer.tunnel = None;
             peer.retry = None;
@@ -535,13 +489,40 @@ impl Router {
         self.peers[slot].key
     }
 
-    /// A datagram from UDP that is not STUN's.
-    pub fn on_udp(&mut self, from: SocketAddr, datagram: &[u8], now: Instant, out: &mut Out) {
+    /// Datagrams from UDP, one behind the other, that are not STUN's: `size` bytes each, but the last
+    /// may be shorter.
+    pub fn on_udp(
+        &mut self,
+        from: SocketAddr,
+        train: &[u8],
+        size: usize,
+        now: Instant,
+        out: &mut Out,
+    ) {
         // A socket for both families shows IPv4 addresses as mapped ones.
         let from = SocketAddr::new(from.ip().to_canonical(), from.port());
-        match disco::sender(datagram) {
-            Some(sender) => self.disco(&sender, datagram, Origin::Address(from), now, out),
-            None => self.wireguard(None, datagram, Origin::Address(from), now, out),
+        let mut rest = train;
+        while !rest.is_empty() {
+            let first = &rest[..size.min(rest.len())];
+            let run = match Kind::of(first) {
+                Some(Kind::Data(index)) => {
+                    // Those of one session are opened side by side.
+                    let alike = |datagram: &&[u8]| Kind::of(datagram) == Some(Kind::Data(index));
+                    let datagrams = rest.chunks(size).take_while(alike);
+                    let run = &rest[..datagrams.map(<[u8]>::len).sum()];
+                    self.data(None, index, (run, size), now, out);
+                    run
+                }
+                Some(kind) => {
+                    self.handshake(None, kind, first, Origin::Address(from), now, out);
+                    first
+                }
+                None => {
+                    self.disco(first, Origin::Address(from), now, out);
+                    first
+                }
+            };
+            rest = &rest[run.len()..];
         }
     }
 
@@ -554,16 +535,23 @@ impl Router {
         now: Instant,
         out: &mut Out,
     ) {
+        let kind = Kind::of(datagram);
         let Some(&slot) = self.by_key.get(key) else {
-            if let Ok(WireGuardPacket::HandshakeInit(_)) = Tunn::parse_incoming_packet(datagram) {
+            if kind == Some(Kind::Initiation) {
                 self.called(*key, now);
             }
             return;
         };
         self.peers[slot].seen_at = region;
-        match disco::sender(datagram) {
-            Some(sender) => self.disco(&sender, datagram, Origin::Relay(region), now, out),
-            None => self.wireguard(Some(slot), datagram, Origin::Relay(region), now, out),
+        // A relay vouches for the sender: nobody else's datagrams under its name.
+        match kind {
+            Some(Kind::Data(index)) => {
+                self.data(Some(slot), index, (datagram, datagram.len()), now, out);
+            }
+            Some(kind) => {
+                self.handshake(Some(slot), kind, datagram, Origin::Relay(region), now, out);
+            }
+            None => self.disco(datagram, Origin::Relay(region), now, out),
         }
     }
 
@@ -577,13 +565,6 @@ impl Router {
 
     /// Does what time has made due. Returns when to call it again; `None`: after the next packet.
     pub fn tick(&mut self, now: Instant, out: &mut Out) -> Option<Instant> {
-        if self
-            .limiter_reset
-            .is_none_or(|at| now >= at + Duration::from_secs(1))
-        {
-            self.limiter_reset = Some(now);
-            self.limiter.reset_count();
-        }
         let mut next: Option<Instant> = None;
         let mut in_use = std::mem::take(&mut self.in_use);
         in_use.retain(|&slot| {
@@ -596,15 +577,21 @@ impl Router {
             let mut actions = std::mem::take(&mut self.actions);
             peer.path.tick(now, &mut actions);
             if let Some(tunnel) = &mut peer.tunnel {
-                let (wrote, range) =
-                    out.write(WIREGUARD_MIN, |buffer| tunnel.update_timers(buffer).into());
-                match wrote {
-                    Wrote::Network(_) => self.send_by(slot, None, range, now, out),
-                    Wrote::Expired => {
+                match tunnel.tick(now) {
+                    Due::Nothing => {}
+                    Due::Handshake => {
+                        let range = out.append(&tunnel.initiate(&mut self.identity, now));
+                        self.send_by(slot, None, range, now, out);
+                    }
+                    Due::Keepalive => {
+                        let range = out.append(&[0; wireguard::OVERHEAD]);
+                        tunnel.seal(&mut out.bytes, std::slice::from_ref(&range), now);
+                        self.send_by(slot, None, range, now, out);
+                    }
+                    Due::Expired => {
                         peer.tunnel = None;
                         peer.retry = None;
                     }
-                    Wrote::Nothing | Wrote::Packet(_) => {}
                 }
             }
             self.act(slot, &mut actions, out);
@@ -697,7 +684,7 @@ impl Router {
         self.by_key.insert(node.key, slot);
         let peer = &mut self.peers[slot];
         if peer.retry.is_some() && peer.tunnel.is_none() {
-            peer.tunnel = Some(Self::tunnel(&self.private, &peer.key, slot, &self.limiter));
+            peer.tunnel = Some(tunnel(peer.key, slot, now));
             self.in_use.insert(slot);
         }
         if let Some((at, _)) = &mut peer.retry {
@@ -718,10 +705,7 @@ impl Router {
                 // The peer restarted: its sockets, and so its addresses, are new, and it knows our
                 // session no more. Whatever is younger than the news was begun since.
                 peer.path.reset();
-                let age = peer
-                    .tunnel
-                    .as_ref()
-                    .and_then(|tunnel| tunnel.time_since_last_handshake());
+                let age = peer.tunnel.as_ref().and_then(|tunnel| tunnel.age(now));
                 if peer.retry.is_none() && age.is_none_or(|age| age > NEWS) {
                     peer.tunnel = None;
                 }
@@ -782,24 +766,6 @@ impl Router {
         debug!(peer = %peer.name, id = peer.id, "peer removed");
     }
 
-    fn tunnel(
-        private: &x25519::StaticSecret,
-        peer: &NodePublicKey,
-        slot: usize,
-        limiter: &Arc<RateLimiter>,
-    ) -> Box<Tunn> {
-        let peer = x25519::PublicKey::from(*peer.export().as_bytes());
-        // The index names the slot in every datagram that comes back; boringtun keeps 24 bits.
-        Box::new(Tunn::new(
-            private.clone(),
-            peer,
-            None,
-            None,
-            slot as u32,
-            Some(limiter.clone()),
-        ))
-    }
-
     /// Remembers a node that talks to us before the map names it: as soon as it does, we call back,
     /// since WireGuard's own repetition comes after 5 s only.
     fn called(&mut self, key: NodePublicKey, now: Instant) {
@@ -810,10 +776,43 @@ impl Router {
         self.callers.push_back((key, now));
     }
 
-    fn wireguard(
+    /// Datagrams of a session, whose index begins with its peer's slot. `sender`: whom a relay names.
+    fn data(
         &mut self,
         sender: Option<usize>,
-        datagram: &[u8],
+        index: u32,
+        train: (&[u8], usize),
+        now: Instant,
+        out: &mut Out,
+    ) {
+        let slot = (index >> INDEX_BITS) as usize;
+        let peer = self.peers.get_mut(slot);
+        // Without a tunnel there is nothing to open: it costs nobody but its sender.
+        let Some(tunnel) = peer.and_then(|peer| peer.tunnel.as_mut()) else {
+            return;
+        };
+        if sender.is_some_and(|sender| sender != slot) {
+            return;
+        }
+        let room = out.room(train.0.len());
+        let start = room.start;
+        let mut packets = std::mem::take(&mut self.datagrams);
+        tunnel.open(index, train, now, &mut out.bytes[room], |packet| {
+            packets.push(start + packet.start..start + packet.end);
+        });
+        out.len = packets.last().map_or(start, |last| last.end);
+        self.deliver(slot, &packets, now, out);
+        packets.clear();
+        self.datagrams = packets;
+        self.settle(slot, now, out);
+    }
+
+    /// A message of a handshake.
+    fn handshake(
+        &mut self,
+        sender: Option<usize>,
+        kind: Kind,
+        message: &[u8],
         from: Origin,
         now: Instant,
         out: &mut Out,
@@ -822,90 +821,85 @@ impl Router {
             Origin::Address(address) => Some(address.ip()),
             Origin::Relay(_) => None,
         };
-        let mut begins = false;
-        let slot = match Tunn::parse_incoming_packet(datagram) {
-            Ok(WireGuardPacket::HandshakeInit(init)) => {
-                // Checks the MAC, and under load asks for a cookie, before the costly part.
-                let mut cookie = [0; WIREGUARD_MIN];
-                match self.limiter.verify_packet(source, datagram, &mut cookie) {
-                    Ok(_) => {}
-                    Err(TunnResult::WriteToNetwork(cookie)) => {
+        let (index, initiation) = match kind {
+            Kind::Initiation | Kind::Response(_) => {
+                match (self.identity.hear(message, source, now), kind) {
+                    (Heard::Initiation(initiation), _) => (0, Some(initiation)),
+                    (Heard::Response, Kind::Response(index)) => (index, None),
+                    (Heard::Cookie(reply), _) => {
                         if let Origin::Address(address) = from {
-                            out.put(To::Address(address), cookie);
+                            out.put(To::Address(address), &reply);
                         }
                         return;
                     }
-                    Err(_) => return,
+                    (Heard::Nothing | Heard::Response, _) => return,
                 }
-                let Ok(half) = parse_handshake_anon(&self.private, &self.public, &init) else {
-                    return;
-                };
-                let key = NodePublicKey::from_bytes(half.peer_static_public);
-                let Some(&slot) = self.by_key.get(&key) else {
-                    self.called(key, now);
-                    return;
-                };
-                begins = true;
-                slot
             }
-            Ok(WireGuardPacket::HandshakeResponse(packet)) => packet.receiver_idx as usize >> 8,
-            Ok(WireGuardPacket::PacketCookieReply(packet)) => packet.receiver_idx as usize >> 8,
-            Ok(WireGuardPacket::PacketData(packet)) => packet.receiver_idx as usize >> 8,
-            Err(_) => return,
+            Kind::Cookie(index) | Kind::Data(index) => (index, None),
         };
-        // A relay vouches for the sender: nobody else's datagrams under its name.
+        let slot = match &initiation {
+            None => (index >> INDEX_BITS) as usize,
+            Some(initiation) => match self.by_key.get(&initiation.peer) {
+                Some(&slot) => slot,
+                None => return self.called(initiation.peer, now),
+            },
+        };
         if sender.is_some_and(|sender| sender != slot) {
             return;
         }
         let Some(peer) = self.peers.get_mut(slot) else {
             return;
         };
-        if begins && peer.tunnel.is_none() {
-            peer.tunnel = Some(Self::tunnel(&self.private, &peer.key, slot, &self.limiter));
-            self.in_use.insert(slot);
-        }
-        // Without one there is nothing to answer or to open: it costs nobody but its sender.
-        let Some(tunnel) = &mut peer.tunnel else {
-            return;
-        };
-        let room = datagram.len().max(WIREGUARD_MIN);
-        let (wrote, range) = out.write(room, |buffer| {
-            tunnel.decapsulate(source, datagram, buffer).into()
-        });
-        match wrote {
-            Wrote::Nothing | Wrote::Expired => {}
-            Wrote::Packet(_) => self.deliver(slot, range, now, out),
-            Wrote::Network(_) => {
-                if begins
-                    && let Some(direct) = peer.path.direct(now)
-                    && from != Origin::Address(direct)
-                {
-                    peer.path.doubt(now);
+        if let Some(initiation) = initiation {
+            let tunnel = peer.tunnel.get_or_insert_with(|| {
+                self.in_use.insert(slot);
+                tunnel(peer.key, slot, now)
+            });
+            let Some(response) = tunnel.respond(*initiation, &mut self.identity, now) else {
+                return;
+            };
+            if let Some(direct) = peer.path.direct(now)
+                && from != Origin::Address(direct)
+            {
+                peer.path.doubt(now);
+            }
+            let range = out.append(&response);
+            self.send(slot, range, now, out);
+        } else if let Some(tunnel) = &mut peer.tunnel {
+            if let Kind::Cookie(_) = kind {
+                tunnel.take_cookie(message, now);
+            } else if tunnel.finish(&self.identity, index, message, now) {
+                peer.retry = None;
+                if !self.send_waiting(slot, now, out) {
+                    let range = out.append(&[0; wireguard::OVERHEAD]);
+                    self.seal_all(slot, &[range], now, out);
                 }
-                self.send(slot, range, now, out);
-                self.flush_queue(slot, now, out);
             }
         }
-        // The peer's own handshake may have come to its end before ours did.
+        self.settle(slot, now, out);
+    }
+
+    /// The peer's own handshake may have come to its end before ours did.
+    fn settle(&mut self, slot: usize, now: Instant, out: &mut Out) {
         let peer = &mut self.peers[slot];
-        if peer.retry.is_some() && peer.is_in_session() {
+        if peer.retry.is_some() && peer.is_in_session(now) {
             peer.retry = None;
-            self.flush_queue(slot, now, out);
+            self.send_waiting(slot, now, out);
         }
     }
 
-    /// Sends what waited for the handshake that has just ended.
-    fn flush_queue(&mut self, slot: usize, now: Instant, out: &mut Out) {
-        // One packet may fill a whole datagram of the tunnel's MTU; there is none larger.
-        const ROOM: usize = 65_535 + WIREGUARD_OVERHEAD;
-        while let Some(tunnel) = &mut self.peers[slot].tunnel {
-            let (wrote, range) =
-                out.write(ROOM, |buffer| tunnel.decapsulate(None, &[], buffer).into());
-            if !matches!(wrote, Wrote::Network(_)) {
-                break;
-            }
-            self.send(slot, range, now, out);
+    /// Sends what waited for the handshake that has just ended. Returns whether there was anything.
+    fn send_waiting(&mut self, slot: usize, now: Instant, out: &mut Out) -> bool {
+        let Some(tunnel) = &mut self.peers[slot].tunnel else {
+            return false;
+        };
+        let waiting = tunnel.take_waiting();
+        let mut datagrams = Vec::new();
+        for packet in &waiting {
+            out.cut(&Burst::whole(packet), |datagram| datagrams.push(datagram));
         }
+        self.seal_all(slot, &datagrams, now, out);
+        !datagrams.is_empty()
     }
 
     /// Repeats a first handshake that has not been answered.
@@ -915,37 +909,37 @@ impl Router {
             return;
         };
         peer.retry = (wait < RETRY_LAST).then_some((now + 2 * wait, 2 * wait));
-        let (wrote, range) = out.write(WIREGUARD_MIN, |buffer| {
-            tunnel.format_handshake_initiation(buffer, true).into()
-        });
-        if let Wrote::Network(_) = wrote {
-            self.send(slot, range, now, out);
-        }
+        let range = out.append(&tunnel.initiate(&mut self.identity, now));
+        self.send(slot, range, now, out);
     }
 
-    /// A decrypted packet from a peer: may it send it, and does policy let it in?
-    fn deliver(&mut self, slot: usize, range: Range<usize>, now: Instant, out: &mut Out) {
-        let Ok(packet) = Packet::parse(&out.bytes[range.clone()]) else {
-            return;
-        };
-        if self.routes.lookup(packet.src()) != Some(&slot) {
-            trace!(src = %packet.src(), peer = %self.peers[slot].name, "dropped a packet with another's address");
-            return;
-        }
-        if packet.protocol() == protocol::TSMP {
-            let ours = self.filter.is_local(packet.dst());
-            if let Some(pong) = packet::tsmp_pong(&packet).filter(|_| ours) {
-                self.seal(slot, &Burst::whole(&pong), now, out);
+    /// Decrypted packets from a peer: may it send them, and does policy let them in?
+    fn deliver(&mut self, slot: usize, packets: &[Range<usize>], now: Instant, out: &mut Out) {
+        for range in packets {
+            let Ok(packet) = Packet::parse(&out.bytes[range.clone()]) else {
+                continue;
+            };
+            if self.routes.lookup(packet.src()) != Some(&slot) {
+                trace!(src = %packet.src(), peer = %self.peers[slot].name, "dropped a packet with another's address");
+                continue;
             }
-            return;
-        }
-        match self.inbound(slot, &packet, now) {
-            Verdict::Accept => {
-                self.peers[slot].rx_bytes += range.len() as u64;
-                out.tun.push(range);
+            if packet.protocol() == protocol::TSMP {
+                let ours = self.filter.is_local(packet.dst());
+                if let Some(pong) = packet::tsmp_pong(&packet).filter(|_| ours) {
+                    self.seal(slot, &Burst::whole(&pong), now, out);
+                }
+                continue;
             }
-            Verdict::Drop(reason) => {
-                trace!(?reason, src = %packet.src(), dst = %packet.dst(), "policy dropped a packet");
+            match self.inbound(slot, &packet, now) {
+                Verdict::Accept => {
+                    // Some peers fill packets up to a multiple of 16.
+                    let len = packet.bytes().len();
+                    self.peers[slot].rx_bytes += len as u64;
+                    out.tun.push(range.start..range.start + len);
+                }
+                Verdict::Drop(reason) => {
+                    trace!(?reason, src = %packet.src(), dst = %packet.dst(), "policy dropped a packet");
+                }
             }
         }
     }
@@ -963,24 +957,30 @@ impl Router {
         let peer = &mut self.peers[slot];
         let tunnel = peer.tunnel.get_or_insert_with(|| {
             self.in_use.insert(slot);
-            Self::tunnel(&self.private, &peer.key, slot, &self.limiter)
+            tunnel(peer.key, slot, now)
         });
-        let mut sealed = std::mem::take(&mut self.sealed);
-        burst.packets(&mut self.scratch, |packet| {
-            let room = (packet.len() + WIREGUARD_OVERHEAD).max(WIREGUARD_MIN);
-            let (wrote, range) =
-                out.write(room, |buffer| tunnel.encapsulate(packet, buffer).into());
-            if let Wrote::Network(_) = wrote {
-                sealed.push(range);
-            }
-        });
-        if !sealed.is_empty() {
-            if peer.retry.is_none() && !peer.is_in_session() {
-                peer.retry = Some((now + RETRY_FIRST, RETRY_FIRST));
-            }
-            self.send_all(slot, sealed.drain(..), now, out);
+        if tunnel.is_ready(now) {
+            let mut datagrams = std::mem::take(&mut self.datagrams);
+            out.cut(burst, |datagram| datagrams.push(datagram));
+            self.seal_all(slot, &datagrams, now, out);
+            datagrams.clear();
+            self.datagrams = datagrams;
+            return;
         }
-        self.sealed = sealed;
+        burst.packets(&mut Vec::new(), |packet| tunnel.wait(packet));
+        if !tunnel.is_initiating() {
+            peer.retry = Some((now + RETRY_FIRST, RETRY_FIRST));
+            let range = out.append(&tunnel.initiate(&mut self.identity, now));
+            self.send(slot, range, now, out);
+        }
+    }
+
+    /// Makes datagrams of the packets in them, and sends them.
+    fn seal_all(&mut self, slot: usize, datagrams: &[Range<usize>], now: Instant, out: &mut Out) {
+        if let Some(tunnel) = &mut self.peers[slot].tunnel {
+            tunnel.seal(&mut out.bytes, datagrams, now);
+            self.send_all(slot, datagrams.iter().cloned(), now, out);
+        }
     }
 
     fn send(&mut self, slot: usize, range: Range<usize>, now: Instant, out: &mut Out) {
@@ -1063,22 +1063,18 @@ impl Router {
         }
     }
 
-    fn disco(
-        &mut self,
-        sender: &DiscoPublicKey,
-        datagram: &[u8],
-        from: Origin,
-        now: Instant,
-        out: &mut Out,
-    ) {
-        let Some(&slot) = self.by_disco.get(sender) else {
+    fn disco(&mut self, datagram: &[u8], from: Origin, now: Instant, out: &mut Out) {
+        let Some(sender) = disco::sender(datagram) else {
+            return;
+        };
+        let Some(&slot) = self.by_disco.get(&sender) else {
             trace!(?sender, "disco from nobody we know");
             return;
         };
         let peer = &mut self.peers[slot];
         let pair = peer
             .sealed
-            .get_or_insert_with(|| disco::Pair::new(&self.disco, sender));
+            .get_or_insert_with(|| disco::Pair::new(&self.disco, &sender));
         let message = match pair.open(datagram) {
             Ok(message) => message,
             Err(error) => {
@@ -1125,7 +1121,10 @@ impl Router {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::{BTreeMap, VecDeque};
+    use std::{
+        collections::{BTreeMap, VecDeque},
+        sync::Arc,
+    };
 
     use tailnode_wire::tailcfg::{FilterRule, NetPortRange, PortRange};
 
@@ -1263,15 +1262,14 @@ mod tests {
                                 continue;
                             };
                             if self.udp_works {
-                                for datagram in bytes.chunks(segment) {
-                                    self.by_udp += 1;
-                                    self.hosts[at].router.on_udp(
-                                        sender.0,
-                                        datagram,
-                                        self.now,
-                                        &mut answer,
-                                    );
-                                }
+                                self.by_udp += bytes.chunks(segment).len();
+                                self.hosts[at].router.on_udp(
+                                    sender.0,
+                                    bytes,
+                                    segment,
+                                    self.now,
+                                    &mut answer,
+                                );
                                 queue.push_back((at, answer));
                             }
                         }
@@ -1558,7 +1556,13 @@ mod tests {
             let mut datagram = vec![0; length];
             datagram[0] = kind;
             let router = &mut world.hosts[1].router;
-            router.on_udp(from, &datagram, world.now, &mut Out::default());
+            router.on_udp(
+                from,
+                &datagram,
+                datagram.len(),
+                world.now,
+                &mut Out::default(),
+            );
             assert!(router.peers.iter().all(|(_, peer)| peer.tunnel.is_none()));
         }
     }
@@ -1621,7 +1625,7 @@ mod tests {
                 let router = &mut world.hosts[1].router;
                 match to {
                     To::Relay(..) => router.on_relay(REGION, &key, bytes, world.now, &mut pongs),
-                    _ => router.on_udp(from, bytes, world.now, &mut pongs),
+                    _ => router.on_udp(from, bytes, bytes.len(), world.now, &mut pongs),
                 }
             }
             assert_eq!(pongs.sends.len(), answers);
@@ -1844,7 +1848,7 @@ mod tests {
                 let from = world.hosts[1].udp;
                 let router = &mut world.hosts[0].router;
                 on_tun(router, &bytes, world.now, &mut out);
-                router.on_udp(from, &bytes, world.now, &mut out);
+                router.on_udp(from, &bytes, bytes.len(), world.now, &mut out);
                 router.on_relay(REGION, &key, &bytes, world.now, &mut out);
             }
         }
