@@ -10,10 +10,10 @@ use std::{
     time::Duration,
 };
 
-use boringtun::x25519::{PublicKey, StaticSecret};
 use tailnode_tests::{
     Container, Gopher, Host, Namespace, Process, Release, Tailnet, Underlay, eventually,
 };
+use tailnode_wire::keys::{ExportableKey as _, NodeKeyPair};
 use tempfile::TempDir;
 
 use crate::{contender::Contender, floor};
@@ -289,8 +289,7 @@ fn wireguard_go(underlay: &Underlay) -> (Machine, Machine) {
         address_on_underlay(&hosts[0]),
         address_on_underlay(&hosts[1]),
     ];
-    let secrets = [(); 2].map(|()| StaticSecret::from(rand::random::<[u8; 32]>()));
-    let public = [&secrets[0], &secrets[1]].map(PublicKey::from);
+    let secrets = [(); 2].map(|()| NodeKeyPair::random());
     let mut machines = hosts.into_iter().enumerate().map(|(me, host)| {
         let mut command = host.command("unshare");
         // It takes commands at a path that is fixed, and so has a /run of its own.
@@ -305,8 +304,8 @@ fn wireguard_go(underlay: &Underlay) -> (Machine, Machine) {
         let settings = format!(
             "set=1\nprivate_key={}\nlisten_port={PORT}\npublic_key={}\nendpoint={}:{PORT}\n\
              allowed_ip=0.0.0.0/0\n\n",
-            hex(secrets[me].as_bytes()),
-            hex(public[other].as_bytes()),
+            hex(secrets[me].private.export().as_bytes()),
+            hex(secrets[other].public.export().as_bytes()),
             outside[other],
         );
         let socket = format!("/proc/{}/root/run/wireguard/wg0.sock", daemon.process.id());

@@ -193,6 +193,48 @@ impl<'a> Packet<'a> {
         self.fragmented
     }
 
+    /// Whether `bytes` are one more packet of the same flow, which has nothing in it that this one has
+    /// not been judged by: UDP, or TCP that neither begins nor ends, whole and without options of IP's.
+    /// Returns its length without padding.
+    pub fn goes_on_in(&self, bytes: &[u8]) -> Option<usize> {
+        let own = self.bytes;
+        let plain = |bytes: &[u8]| match bytes.first()? >> 4 {
+            4 => (bytes[0] == 0x45 && bytes.len() > IPV4_HEADER)
+                .then(|| (usize::from(be16(bytes, 2)), be16(bytes, 6) & 0x3fff == 0)),
+            _ => (bytes.len() > IPV6_HEADER)
+                .then(|| (IPV6_HEADER + usize::from(be16(bytes, 4)), true)),
+        };
+        let (len, whole) = plain(bytes)?;
+        let (protocol, addresses) = match self.header {
+            IPV4_HEADER => (9, 12..20),
+            IPV6_HEADER => (6, 8..40),
+            _ => return None,
+        };
+        let at = self.header;
+        let quiet = |bytes: &[u8]| {
+            bytes[at + 13] & (tcp_flags::SYN | tcp_flags::FIN | tcp_flags::RST | tcp_flags::ACK)
+                == tcp_flags::ACK
+        };
+        let least = match self.transport {
+            Transport::Udp { .. } => UDP_HEADER,
+            Transport::Tcp { .. } => TCP_HEADER,
+            _ => return None,
+        };
+        let same = !self.fragmented
+            && whole
+            && (at + least..=bytes.len()).contains(&len)
+            && bytes[0] >> 4 == own[0] >> 4
+            && bytes[protocol] == own[protocol]
+            && bytes[addresses.clone()] == own[addresses]
+            && bytes[at..at + 4] == own[at..at + 4]
+            && (least == UDP_HEADER
+                || bytes[at + 12] >> 4 == own[at + 12] >> 4
+                    && usize::from(own[at + 12] >> 4) * 4 <= len - at
+                    && quiet(bytes)
+                    && quiet(own));
+        same.then_some(len)
+    }
+
     fn read(bytes: &'a [u8], quoted: bool) -> Result<Self, Malformed> {
         match bytes.first().map(|b| b >> 4) {
             Some(4) => Self::read4(bytes, quoted),
@@ -576,6 +618,44 @@ pub(crate) mod tests {
                 if let Ok(packet) = Packet::parse(&raw(ip, ip, first, &payload)) {
                     prop_assert!(packet.payload().len() <= payload.len());
                 }
+            }
+        }
+
+        #[test]
+        fn what_goes_on_would_be_judged_alike(
+            (src, dst) in endpoints(),
+            is_tcp in any::<bool>(),
+            flags in prop::sample::select(&[0x10u8, 0x18, 0x02, 0x11, 0x04]),
+            changes in vec((0usize..64, any::<u8>()), 0..3),
+            padding in 0usize..3,
+        ) {
+            let first = match is_tcp {
+                true => tcp(src, dst, flags),
+                false => udp(src, dst, b"something").unwrap(),
+            };
+            let packet = Packet::parse(&first).unwrap();
+            let mut next = first.clone();
+            next.extend(vec![0; padding]);
+            for (at, byte) in changes {
+                let len = next.len();
+                next[at % len] = byte;
+            }
+            if let Some(len) = packet.goes_on_in(&next) {
+                let next = Packet::parse(&next).unwrap();
+                prop_assert_eq!(next.bytes().len(), len);
+                prop_assert_eq!((next.src(), next.dst(), next.protocol()), (packet.src(), packet.dst(), packet.protocol()));
+                prop_assert!(!next.is_fragment());
+                match (packet.transport(), next.transport()) {
+                    (Transport::Tcp { src, dst, flags }, Transport::Tcp { src: a, dst: b, flags: other }) => {
+                        prop_assert_eq!((src, dst), (a, b));
+                        for flags in [flags, other] {
+                            prop_assert_eq!(flags & 0x17, tcp_flags::ACK);
+                        }
+                    }
+                    (ours, other) => prop_assert_eq!(ours, other),
+                }
+            } else {
+                prop_assert!(next != first || is_tcp && flags & 0x17 != tcp_flags::ACK);
             }
         }
 

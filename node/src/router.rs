@@ -915,8 +915,17 @@ impl Router {
 
     /// Decrypted packets from a peer: may it send them, and does policy let them in?
     fn deliver(&mut self, slot: usize, packets: &[Range<usize>], now: Instant, out: &mut Out) {
+        let mut accepted: Option<Packet<'_>> = None;
+        let mut pongs = Vec::new();
         for range in packets {
-            let Ok(packet) = Packet::parse(&out.bytes[range.clone()]) else {
+            // A train is of one flow mostly: it is judged by its first packet.
+            let bytes = &out.bytes[range.clone()];
+            if let Some(len) = accepted.and_then(|packet| packet.goes_on_in(bytes)) {
+                self.peers[slot].rx_bytes += len as u64;
+                out.tun.push(range.start..range.start + len);
+                continue;
+            }
+            let Ok(packet) = Packet::parse(bytes) else {
                 continue;
             };
             if self.routes.lookup(packet.src()) != Some(&slot) {
@@ -925,9 +934,7 @@ impl Router {
             }
             if packet.protocol() == protocol::TSMP {
                 let ours = self.filter.is_local(packet.dst());
-                if let Some(pong) = packet::tsmp_pong(&packet).filter(|_| ours) {
-                    self.seal(slot, &Burst::whole(&pong), now, out);
-                }
+                pongs.extend(packet::tsmp_pong(&packet).filter(|_| ours));
                 continue;
             }
             match self.inbound(slot, &packet, now) {
@@ -936,11 +943,15 @@ impl Router {
                     let len = packet.bytes().len();
                     self.peers[slot].rx_bytes += len as u64;
                     out.tun.push(range.start..range.start + len);
+                    accepted = Some(packet);
                 }
                 Verdict::Drop(reason) => {
                     trace!(?reason, src = %packet.src(), dst = %packet.dst(), "policy dropped a packet");
                 }
             }
+        }
+        for pong in pongs {
+            self.seal(slot, &Burst::whole(&pong), now, out);
         }
     }
 

@@ -14,8 +14,7 @@ fn main() -> anyhow::Result<()> {
     umask(Mode::from_raw_mode(0o077));
     let filter = match std::env::var(EnvFilter::DEFAULT_ENV) {
         Ok(wanted) => EnvFilter::builder().parse_lossy(wanted),
-        // boringtun calls the end of an idle session an error.
-        Err(_) => EnvFilter::new("info,boringtun=off"),
+        Err(_) => EnvFilter::new("info"),
     };
     let log = tracing_subscriber::fmt()
         .with_env_filter(filter)
