@@ -493,14 +493,13 @@ impl Shape {
 /// Whether two packets with the same place for the transport header have the same addresses,
 /// protocol and ports.
 fn is_same_flow(one: &[u8], other: &[u8], shape: Shape) -> bool {
-    let addresses = if shape.transport == IPV4 {
-        12..20
-    } else {
-        8..40
-    };
     let ports = shape.transport..shape.transport + 4;
+    // Of lengths that the compiler knows.
     one[0] >> 4 == other[0] >> 4
-        && one[addresses.clone()] == other[addresses]
+        && match shape.transport {
+            IPV4 => one[12..20] == other[12..20],
+            _ => one[8..40] == other[8..40],
+        }
         && one[ports.clone()] == other[ports]
 }
 

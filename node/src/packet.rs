@@ -205,11 +205,14 @@ impl<'a> Packet<'a> {
                 .then(|| (IPV6_HEADER + usize::from(be16(bytes, 4)), true)),
         };
         let (len, whole) = plain(bytes)?;
-        let (protocol, addresses) = match self.header {
-            IPV4_HEADER => (9, 12..20),
-            IPV6_HEADER => (6, 8..40),
-            _ => return None,
+        // Of lengths that the compiler knows.
+        let same_addresses = || match self.header {
+            IPV4_HEADER => bytes[9] == own[9] && bytes[12..20] == own[12..20],
+            _ => bytes[6] == own[6] && bytes[8..40] == own[8..40],
         };
+        if ![IPV4_HEADER, IPV6_HEADER].contains(&self.header) {
+            return None;
+        }
         let at = self.header;
         let quiet = |bytes: &[u8]| {
             bytes[at + 13] & (tcp_flags::SYN | tcp_flags::FIN | tcp_flags::RST | tcp_flags::ACK)
@@ -224,8 +227,7 @@ impl<'a> Packet<'a> {
             && whole
             && (at + least..=bytes.len()).contains(&len)
             && bytes[0] >> 4 == own[0] >> 4
-            && bytes[protocol] == own[protocol]
-            && bytes[addresses.clone()] == own[addresses]
+            && same_addresses()
             && bytes[at..at + 4] == own[at..at + 4]
             && (least == UDP_HEADER
                 || bytes[at + 12] >> 4 == own[at + 12] >> 4
@@ -520,7 +522,23 @@ fn transport_checksum(src: IpAddr, dst: IpAddr, protocol: u8, transport: &[u8]) 
 /// Adds up 16-bit words in whichever byte order (RFC 1071, section 2), for [`fold`]; an odd byte at
 /// the end counts as followed by zero.
 pub fn sum(start: u64, bytes: &[u8]) -> u64 {
-    // Sums of 32-bit words fold to the same, and the compiler makes vectors of the machine's own.
+    #[cfg(target_arch = "x86_64")]
+    {
+        #[target_feature(enable = "avx2")]
+        fn with_avx2(start: u64, bytes: &[u8]) -> u64 {
+            sum_words(start, bytes)
+        }
+        if bytes.len() >= 128 && is_x86_feature_detected!("avx2") {
+            // SAFETY: this CPU has it.
+            return unsafe { with_avx2(start, bytes) };
+        }
+    }
+    sum_words(start, bytes)
+}
+
+/// Sums of 32-bit words fold to the same, and the compiler makes vectors of the machine's own.
+#[inline(always)]
+fn sum_words(start: u64, bytes: &[u8]) -> u64 {
     let (words, rest) = bytes.as_chunks::<4>();
     let total = words
         .iter()
