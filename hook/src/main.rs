@@ -19,17 +19,23 @@ use std::{
     io::{self, Read, Write},
     path::{Path, PathBuf},
     process::ExitCode,
+    time::Duration,
 };
 
 use config::Config;
 use oci_spec::runtime::State;
 use serde::de::DeserializeOwned;
-use tailnode_plugin::shim::Place;
+use tailnode_plugin::{
+    api::{self, Request, Response},
+    shim::{Place, other_version},
+};
 use tailnode_tun::Netns;
 use wish::Wish;
 
 /// What the daemon calls the network of the containers that join so.
 const NETWORK: &str = "annotation";
+
+const QUESTION_TIMEOUT: Duration = Duration::from_secs(2);
 
 const USAGE: &str = "the engine runs this program by itself, as `tailnode-hook precreate`, \
                      `createRuntime` or `poststop`: see /usr/share/containers/oci/hooks.d";
@@ -140,11 +146,11 @@ fn join(
                 .into(),
         );
     }
-    if config.network_comes_later() {
+    if config.network_comes_later() && engine_connects(state.id())? {
         return Err(
             "it has a user namespace, and so is given its networks too late to tell \
-                    whether one is a tailnet: use `--network NAME` of a tailnet, and \
-                    `--label tailscale.…` in place of `--annotation tailscale.…`"
+                    whether one is a tailnet: use `--network none`, or `--network NAME` of a \
+                    tailnet and `--label tailscale.…` in place of `--annotation tailscale.…`"
                 .into(),
         );
     }
@@ -163,6 +169,18 @@ fn join(
         Ok(()) => error,
         Err(also) => format!("{error}; and cleaning up: {also}"),
     })
+}
+
+/// Whether the engine gives the container networks, then or later.
+fn engine_connects(container_id: &str) -> Result<bool, String> {
+    let request = Request::Connects {
+        container_id: container_id.to_owned(),
+    };
+    match api::call(&api::socket_path(), &request, None, QUESTION_TIMEOUT) {
+        Ok(Response::Connects(connects)) => Ok(connects),
+        Ok(_) => Err(other_version().to_string()),
+        Err(error) => Err(error.to_string()),
+    }
 }
 
 /// The engine asks for this after a start that failed, too: there is nothing to fail for.
