@@ -318,7 +318,8 @@ impl Device<'_> {
 
     /// What leaves by this address of the device's finds the device's routes before those of the
     /// others: an answer goes back by the way that the question came. Without an address what there
-    /// was is removed; the first device never has one.
+    /// was is removed; the first device never has one. A rule that outlives its device leads to an
+    /// empty table, and changes nothing.
     fn set_source_rule(
         &mut self,
         family: AddressFamily,
