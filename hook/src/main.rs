@@ -155,6 +155,11 @@ fn join(
         );
     }
     let inside = Netns::open(&netns).map_err(|error| error.to_string())?;
+    let map = fs::read_to_string("/proc/self/uid_map")
+        .map_err(|error| format!("cannot read whose root this is: {error}"))?;
+    if !is_of_everybody(&map) {
+        Netns::enter_new().map_err(|error| error.to_string())?;
+    }
     let attached = place.attach(&inside).map_err(|error| error.to_string())?;
     let resolv_conf = config.resolv_conf();
     let written = resolv_conf.map_or(Ok(()), |file| {
@@ -169,6 +174,12 @@ fn join(
         Ok(()) => error,
         Err(also) => format!("{error}; and cleaning up: {also}"),
     })
+}
+
+/// Whether a user namespace with this map of users is the host's. Who is root of another one, as with
+/// Podman without root, may make no device in the host's network.
+fn is_of_everybody(map: &str) -> bool {
+    map.split_whitespace().eq(["0", "0", "4294967295"])
 }
 
 /// Whether the engine gives the container networks, then or later.
@@ -238,5 +249,18 @@ fn input_text() -> Result<String, String> {
     match io::stdin().read_to_string(&mut text) {
         Ok(_) => Ok(text),
         Err(error) => Err(format!("cannot read what the engine says: {error}")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_hosts_user_namespace_is_told_from_others() {
+        assert!(is_of_everybody("         0          0 4294967295\n"));
+        let users = "         0       1000          1\n         1     100000      65536\n";
+        assert!(!is_of_everybody(users));
+        assert!(!is_of_everybody(""));
     }
 }
