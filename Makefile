@@ -69,7 +69,7 @@ check: $(tools)/bin/cargo-deny $(tools)/bin/cargo-machete ## format, lints, lice
 		echo "make check: the advisory database cannot be reached: advisories are NOT checked" >&2; \
 		$(cargo) deny --log-level error check bans licenses sources; \
 	fi
-	shellcheck --external-sources integration/need integration/lab integration/cargo integration/demo integration/engines integration/bench integration/cases/* integration/peers/build packaging/install .ci/run
+	shellcheck --external-sources integration/need integration/lab integration/cargo integration/demo integration/engines integration/bench integration/bench-hook integration/cases/* integration/peers/build packaging/install .ci/run
 
 $(tools)/bin/cargo-deny:
 	$(cargo) install --quiet --locked --debug --root $(tools) cargo-deny@0.20.2

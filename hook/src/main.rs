@@ -19,17 +19,23 @@ use std::{
     io::{self, Read, Write},
     path::{Path, PathBuf},
     process::ExitCode,
+    time::Duration,
 };
 
 use config::Config;
 use oci_spec::runtime::State;
 use serde::de::DeserializeOwned;
-use tailnode_plugin::shim::Place;
+use tailnode_plugin::{
+    api::{self, Request, Response},
+    shim::{Place, other_version},
+};
 use tailnode_tun::Netns;
 use wish::Wish;
 
 /// What the daemon calls the network of the containers that join so.
 const NETWORK: &str = "annotation";
+
+const QUESTION_TIMEOUT: Duration = Duration::from_secs(2);
 
 const USAGE: &str = "the engine runs this program by itself, as `tailnode-hook precreate`, \
                      `createRuntime` or `poststop`: see /usr/share/containers/oci/hooks.d";
@@ -140,15 +146,20 @@ fn join(
                 .into(),
         );
     }
-    if config.network_comes_later() {
+    if config.network_comes_later() && engine_connects(state.id())? {
         return Err(
             "it has a user namespace, and so is given its networks too late to tell \
-                    whether one is a tailnet: use `--network NAME` of a tailnet, and \
-                    `--label tailscale.…` in place of `--annotation tailscale.…`"
+                    whether one is a tailnet: use `--network none`, or `--network NAME` of a \
+                    tailnet and `--label tailscale.…` in place of `--annotation tailscale.…`"
                 .into(),
         );
     }
     let inside = Netns::open(&netns).map_err(|error| error.to_string())?;
+    let map = fs::read_to_string("/proc/self/uid_map")
+        .map_err(|error| format!("cannot read whose root this is: {error}"))?;
+    if !is_of_everybody(&map) {
+        Netns::enter_new().map_err(|error| error.to_string())?;
+    }
     let attached = place.attach(&inside).map_err(|error| error.to_string())?;
     let resolv_conf = config.resolv_conf();
     let written = resolv_conf.map_or(Ok(()), |file| {
@@ -163,6 +174,24 @@ fn join(
         Ok(()) => error,
         Err(also) => format!("{error}; and cleaning up: {also}"),
     })
+}
+
+/// Whether a user namespace with this map of users is the host's. Who is root of another one, as with
+/// Podman without root, may make no device in the host's network.
+fn is_of_everybody(map: &str) -> bool {
+    map.split_whitespace().eq(["0", "0", "4294967295"])
+}
+
+/// Whether the engine gives the container networks, then or later.
+fn engine_connects(container_id: &str) -> Result<bool, String> {
+    let request = Request::Connects {
+        container_id: container_id.to_owned(),
+    };
+    match api::call(&api::socket_path(), &request, None, QUESTION_TIMEOUT) {
+        Ok(Response::Connects(connects)) => Ok(connects),
+        Ok(_) => Err(other_version().to_string()),
+        Err(error) => Err(error.to_string()),
+    }
 }
 
 /// The engine asks for this after a start that failed, too: there is nothing to fail for.
@@ -220,5 +249,18 @@ fn input_text() -> Result<String, String> {
     match io::stdin().read_to_string(&mut text) {
         Ok(_) => Ok(text),
         Err(error) => Err(format!("cannot read what the engine says: {error}")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_hosts_user_namespace_is_told_from_others() {
+        assert!(is_of_everybody("         0          0 4294967295\n"));
+        let users = "         0       1000          1\n         1     100000      65536\n";
+        assert!(!is_of_everybody(users));
+        assert!(!is_of_everybody(""));
     }
 }

@@ -102,6 +102,11 @@ pub enum Request {
         /// The attachments that are owned: container ids, with their network ids.
         owned: Vec<(String, String)>,
     },
+    /// Whether Podman connects this container to anything. Answered with [`Response::Connects`].
+    Connects {
+        /// Podman's id of the container.
+        container_id: String,
+    },
     /// All containers with a node.
     Status,
     /// Keep an auth key for the nodes that join this network from now on; `None`: forget it.
@@ -186,6 +191,8 @@ pub enum Response {
     },
     /// The container's device and how it should be set up now; nothing where it has no node.
     Served(Option<Served>),
+    /// Whether it does.
+    Connects(bool),
     /// Done.
     Ok,
     /// Done to this node.

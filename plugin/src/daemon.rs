@@ -307,6 +307,12 @@ impl Shims {
                 let key = key(engine, container_id, network_id);
                 Ok(Response::Served(self.endpoints.served(&key)))
             }
+            Request::Connects { container_id } => {
+                let (database, id) = (self.podman_db.clone(), container_id.clone());
+                let connects = blocking(move || podman::connects(&database, &id)).await;
+                let connects = connects.ok_or(Error::UnknownNetworks { container_id })?;
+                Ok(Response::Connects(connects))
+            }
             Request::Collect {
                 network_name,
                 owned,

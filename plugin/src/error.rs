@@ -41,6 +41,16 @@ pub enum Error {
         message: String,
     },
 
+    /// Podman's database does not say what a container's networks are.
+    #[error(
+        "cannot read in Podman's database whether container {container_id} has networks; the log \
+         of tailnoded says more: `journalctl -u tailnoded`"
+    )]
+    UnknownNetworks {
+        /// Podman's id of it.
+        container_id: String,
+    },
+
     /// A message that is too long, is not JSON or is not one of ours.
     #[error("cannot read a message on the socket of tailnoded: {cause}")]
     Message {

@@ -28,6 +28,9 @@ struct ContainerConfig {
     labels: Option<BTreeMap<String, String>>,
     #[serde(default)]
     spec: Option<Spec>,
+    /// Whether Podman makes it a network namespace that is connected to something.
+    #[serde(default, rename = "createNetNS")]
+    connects: Option<bool>,
 }
 
 /// The part of the OCI configuration in it.
@@ -74,11 +77,7 @@ pub(crate) struct Container {
 /// second.
 pub(crate) fn marks(database: &Path, container_id: &str) -> Marks {
     let read = |podman: Connection| {
-        let config: ContainerConfig = podman.query_row(
-            "SELECT CAST(JSON AS TEXT) FROM ContainerConfig WHERE ID = ?",
-            [container_id],
-            |row| json(row, 0),
-        )?;
+        let config = config(&podman, container_id)?;
         let spec = config.spec.unwrap_or_default();
         let environment = spec.process.and_then(|process| process.env);
         let environment = environment.unwrap_or_default();
@@ -97,6 +96,20 @@ pub(crate) fn marks(database: &Path, container_id: &str) -> Marks {
              {error}"
         );
         Marks::default()
+    })
+}
+
+/// Whether Podman connects the container to anything; `None` when that cannot be read. Blocks for at
+/// most a quarter of a second.
+pub(crate) fn connects(database: &Path, container_id: &str) -> Option<bool> {
+    let read = |podman: Connection| Ok(config(&podman, container_id)?.connects);
+    look(database, read).unwrap_or_else(|error| {
+        tracing::warn!(
+            container_id,
+            database = %database.display(),
+            "cannot tell whether the container has networks: {error}"
+        );
+        None
     })
 }
 
@@ -177,6 +190,14 @@ impl ContainerState {
     }
 }
 
+fn config(podman: &Connection, container_id: &str) -> rusqlite::Result<ContainerConfig> {
+    podman.query_row(
+        "SELECT CAST(JSON AS TEXT) FROM ContainerConfig WHERE ID = ?",
+        [container_id],
+        |row| json(row, 0),
+    )
+}
+
 /// Reads something in the database. Without a database there is nothing.
 fn look<T: Default>(
     database: &Path,
@@ -222,9 +243,9 @@ mod tests {
             .execute_batch(
                 r#"CREATE TABLE ContainerConfig(ID TEXT PRIMARY KEY, Name TEXT, PodID TEXT, JSON TEXT);
                 INSERT INTO ContainerConfig VALUES
-                    ('c1', 'web', NULL, CAST('{"id":"c1","labels":{"tailscale.hostname":"www"},"spec":
+                    ('c1', 'web', NULL, CAST('{"id":"c1","createNetNS":true,"labels":{"tailscale.hostname":"www"},"spec":
                         {"annotations":{"a":"b"},"process":{"env":["PATH=/bin","TS_HOSTNAME=a=b","odd"]}}}' AS BLOB)),
-                    ('c2', 'bare', NULL, CAST('{"id":"c2"}' AS BLOB)),
+                    ('c2', 'bare', NULL, CAST('{"id":"c2","createNetNS":false}' AS BLOB)),
                     ('c3', 'odd', NULL, '[]');"#,
             )
             .unwrap();
@@ -241,6 +262,14 @@ mod tests {
         assert_eq!(names(&path), Some(all.into()));
         assert_eq!(name(&path, "c1").as_deref(), Some("web"));
         assert_eq!(name(&path, "c4"), None);
+        for (id, expected) in [
+            ("c1", Some(true)),
+            ("c2", Some(false)),
+            ("c3", None),
+            ("c4", None),
+        ] {
+            assert_eq!(connects(&path, id), expected, "{id}");
+        }
         for id in ["c2", "c3", "c4"] {
             assert_eq!(marks(&path, id), Marks::default(), "{id}");
         }

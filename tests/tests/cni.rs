@@ -265,8 +265,11 @@ fn behind_a_bridge_the_container_keeps_its_first_address() {
     scene
         .run("CHECK", &pod, "eth0", &with(&network, &result))
         .unwrap();
-    // Of two nodes on one tailnet, the first has the way to its peers.
+    // Of two nodes on one tailnet, the first has the way to its peers, and both are reached by them.
     scene.reaches(&pod, own);
+    let second_address = address(&other, 0);
+    assert_ne!(second_address, own);
+    scene.peer.ping(second_address).unwrap();
     scene
         .run("DEL", &pod, "net1", &with(&second, &other))
         .unwrap();

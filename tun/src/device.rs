@@ -82,7 +82,7 @@ pub fn is_up(netns: &Netns, name: &str) -> Result<bool, Error> {
 /// Moves the device `name` from the calling thread's namespace into `netns`, where it becomes the
 /// first free of `prefix`0, `prefix`1 and so on. Returns its new name.
 ///
-/// When this fails the device may be in either namespace: close its descriptor.
+/// When this fails the device is where it was, or gone: close its descriptor.
 pub fn move_into(name: &str, netns: &Netns, prefix: &str) -> Result<String, Error> {
     // The kernel replaces %d by the first free number while it holds the lock on names, so two
     // devices that arrive at once get two names.
@@ -110,17 +110,20 @@ fn rename_into(name: &str, netns: &Netns, pattern: &str) -> Result<String, Error
     set_link(name, LinkAttribute::NetNsFd(netns.as_fd().as_raw_fd()))
         .map_err(|cause| refused("move into the container's network namespace", cause))?;
 
-    netns
-        .run(|| {
-            // A device that goes by its number keeps the number through the renaming.
-            let index = set_link(name, LinkAttribute::IfName(pattern.to_owned()))?;
-            let renamed = if_indextoname(index)?;
-            renamed.into_string().map_err(io::Error::other)
-        })?
-        .map_err(|cause| {
-            let wanted = pattern.replace("%d", "N");
-            refused(&format!("rename to {wanted}"), cause)
-        })
+    let renamed = netns.run(|| {
+        // A device that goes by its number keeps the number through the renaming.
+        let index = set_link(name, LinkAttribute::IfName(pattern.to_owned()))?;
+        let renamed = if_indextoname(index)?;
+        renamed.into_string().map_err(io::Error::other)
+    })?;
+    renamed.map_err(|cause| {
+        // Whoever else has its descriptor may keep it there for a while.
+        if let Err(error) = remove(netns, name) {
+            tracing::warn!("{error}");
+        }
+        let wanted = pattern.replace("%d", "N");
+        refused(&format!("rename to {wanted}"), cause)
+    })
 }
 
 /// Removes the device `name` from `netns`, whoever has a descriptor of it. Its descriptors then

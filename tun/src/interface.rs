@@ -89,6 +89,7 @@ pub fn release(netns: &Netns, name: &str, index: u32) -> Result<(), Error> {
             netlink,
         };
         for family in [AddressFamily::Inet, AddressFamily::Inet6] {
+            device.set_source_rule(family, index, None)?;
             device.set_dns_rules(family, index, false)?;
             device.set_exit(family, index, Exit::No)?;
         }
@@ -109,6 +110,13 @@ const DNS_TABLE: u32 = 5300;
 /// The first of the preferences of the rules that trap DNS, three a device. They come after the
 /// table of local addresses (0) and before the main one (32766).
 const DNS_RULES: u32 = 5300;
+
+/// The table with the routes of tailscale0 alone; those of the others follow. The first one has none,
+/// because it comes first in the main table too.
+const SOURCE_TABLE: u32 = 5100;
+/// The first of the preferences of the rules that lead to them, one a device. They come before the
+/// exits', which look into the main table.
+const SOURCE_RULES: u32 = 5100;
 
 /// The table with an exit's default route, of tailscale0; those of the others follow.
 const EXIT_TABLE: u32 = 5200;
@@ -180,10 +188,11 @@ impl Device<'_> {
         // and they would stay as routes that nobody knows again.
         self.remove_other_addresses(&addresses)?;
         for family in [AddressFamily::Inet, AddressFamily::Inet6] {
-            let has_address = addresses
-                .iter()
-                .any(|address| family_of(address.addr()) == family);
-            self.set_dns_rules(family, interface.index, interface.trap_dns && has_address)?;
+            let source = source(&addresses, family == AddressFamily::Inet6);
+            let own = source.filter(|_| interface.index > 0);
+            self.set_source_rule(family, interface.index, own)?;
+            let trap_dns = interface.trap_dns && source.is_some();
+            self.set_dns_rules(family, interface.index, trap_dns)?;
             // Of a family in which the tailnet has no address, too: it must not leave elsewhere.
             if family == AddressFamily::Inet || has_ipv6 {
                 self.set_exit(family, interface.index, interface.exit)?;
@@ -307,6 +316,47 @@ impl Device<'_> {
         Ok(())
     }
 
+    /// What leaves by this address of the device's finds the device's routes before those of the
+    /// others: an answer goes back by the way that the question came. Without an address what there
+    /// was is removed; the first device never has one. A rule that outlives its device leads to an
+    /// empty table, and changes nothing.
+    fn set_source_rule(
+        &mut self,
+        family: AddressFamily,
+        index: u32,
+        address: Option<IpAddr>,
+    ) -> Result<(), Error> {
+        let present = match index {
+            0 => Vec::new(),
+            _ => self.sources(family, index)?,
+        };
+        let others = present.iter().filter(|it| Some(**it) != address);
+        let gone = others.map(|other| (*other, false));
+        let new = address.filter(|it| !present.contains(it));
+        for (address, wanted) in gone.chain(new.map(|address| (address, true))) {
+            let rule = source_rule(index, address);
+            set_rule(&mut self.netlink, rule, wanted).map_err(|cause| {
+                self.refused("set the rule that leads answers back by it".into(), cause)
+            })?;
+        }
+        Ok(())
+    }
+
+    /// The addresses that such rules are for.
+    fn sources(&mut self, family: AddressFamily, index: u32) -> Result<Vec<IpAddr>, Error> {
+        let mut request = RuleMessage::default();
+        request.header.family = family;
+        let present = match self.netlink.list(RouteNetlinkMessage::GetRule(request)) {
+            Err(cause) if is_done(&cause, false) => return Ok(Vec::new()),
+            present => present.map_err(|cause| self.refused("list the rules".into(), cause))?,
+        };
+        let own = |message| match message {
+            RouteNetlinkMessage::NewRule(rule) => source_of(&rule, index),
+            _ => None,
+        };
+        Ok(present.into_iter().filter_map(own).collect())
+    }
+
     /// Rules outlive the device. Without it their table is empty, and they change nothing.
     fn set_dns_rules(
         &mut self,
@@ -406,6 +456,13 @@ fn set_refusal(
 /// What was so before is no failure; and a kernel without the family, or without rules, has none to
 /// remove.
 fn done(result: io::Result<()>, wanted: bool) -> io::Result<()> {
+    match result {
+        Err(cause) if is_done(&cause, wanted) => Ok(()),
+        result => result,
+    }
+}
+
+fn is_done(cause: &io::Error, wanted: bool) -> bool {
     let done_before: &[i32] = match wanted {
         true => &[libc::EEXIST],
         false => &[
@@ -415,16 +472,9 @@ fn done(result: io::Result<()>, wanted: bool) -> io::Result<()> {
             libc::EOPNOTSUPP,
         ],
     };
-    match result {
-        Err(cause)
-            if cause
-                .raw_os_error()
-                .is_some_and(|e| done_before.contains(&e)) =>
-        {
-            Ok(())
-        }
-        result => result,
-    }
+    cause
+        .raw_os_error()
+        .is_some_and(|error| done_before.contains(&error))
 }
 
 fn has_ipv6() -> bool {
@@ -441,21 +491,21 @@ fn possible(addresses: &[IpNet]) -> Vec<IpNet> {
 /// All the routes that a device needs.
 fn routes(interface: &Interface, addresses: &[IpNet]) -> Vec<Route> {
     let index = interface.index;
-    let source = |ipv6| {
-        addresses
-            .iter()
-            .map(IpNet::addr)
-            .find(|ip| ip.is_ipv6() == ipv6)
-    };
-    let main = interface.routes.iter().filter_map(|destination| {
-        let ipv6 = is_ipv6(destination);
-        Some(Route {
-            destination: destination.trunc(),
-            source: source(ipv6)?,
-            metric: index + if ipv6 { IPV6_METRIC } else { 0 },
-            table: RouteHeader::RT_TABLE_MAIN.into(),
+    let source = |ipv6| source(addresses, ipv6);
+    let to = |table: u32, metric: u32| {
+        let destinations = interface.routes.iter();
+        destinations.filter_map(move |destination| {
+            let ipv6 = is_ipv6(destination);
+            Some(Route {
+                destination: destination.trunc(),
+                source: source(ipv6)?,
+                metric: metric + if ipv6 { IPV6_METRIC } else { 0 },
+                table,
+            })
         })
-    });
+    };
+    let main = to(RouteHeader::RT_TABLE_MAIN.into(), index);
+    let own = to(SOURCE_TABLE + index, 0).filter(|_| index > 0);
     let tables = [
         (DNS_TABLE, interface.trap_dns),
         (EXIT_TABLE, interface.exit != Exit::No),
@@ -470,7 +520,13 @@ fn routes(interface: &Interface, addresses: &[IpNet]) -> Vec<Route> {
             table: table + index,
         })
     });
-    main.chain(defaults).collect()
+    main.chain(own).chain(defaults).collect()
+}
+
+/// The address that packets of this family leave by.
+fn source(addresses: &[IpNet], ipv6: bool) -> Option<IpAddr> {
+    let mut addresses = addresses.iter().map(IpNet::addr);
+    addresses.find(|address| address.is_ipv6() == ipv6)
 }
 
 impl Route {
@@ -531,6 +587,31 @@ impl Route {
             table,
         })
     }
+}
+
+/// The rule that leads what this address sends to the table with the device's routes alone.
+fn source_rule(index: u32, address: IpAddr) -> RuleMessage {
+    let mut rule = rule(
+        family_of(address),
+        SOURCE_RULES + index,
+        SOURCE_TABLE + index,
+        &[RuleAttribute::Source(address)],
+    );
+    rule.header.src_len = if address.is_ipv6() { 128 } else { 32 };
+    rule
+}
+
+/// The address of such a rule of this device's; none of any other rule.
+fn source_of(rule: &RuleMessage, index: u32) -> Option<IpAddr> {
+    let has = |attribute| rule.attributes.contains(&attribute);
+    let is_ours = has(RuleAttribute::Priority(SOURCE_RULES + index))
+        && has(RuleAttribute::Table(SOURCE_TABLE + index))
+        && has(RuleAttribute::Protocol(PROTOCOL));
+    let mut sources = rule.attributes.iter().filter_map(|it| match it {
+        RuleAttribute::Source(address) => Some(*address),
+        _ => None,
+    });
+    sources.next().filter(|_| is_ours)
 }
 
 /// The rules that send DNS queries to the device's own table, unless the main table has a better
@@ -651,6 +732,8 @@ fn everywhere(ipv6: bool) -> IpNet {
 
 #[cfg(test)]
 mod tests {
+    use std::net::Ipv4Addr;
+
     use proptest::prelude::*;
 
     use super::*;
@@ -676,12 +759,8 @@ mod tests {
             0,
             true,
         );
-        let routes: Vec<_> = routes(&interface, &interface.addresses)
-            .into_iter()
-            .map(|route| (route.destination.to_string(), route.table))
-            .collect();
         assert_eq!(
-            routes,
+            routes_of(&interface),
             [
                 ("100.64.0.0/10".into(), 254),
                 ("0.0.0.0/0".into(), DNS_TABLE)
@@ -700,6 +779,7 @@ mod tests {
             );
             routes(&interface, &interface.addresses)
                 .iter()
+                .filter(|route| route.table == 254)
                 .map(|route| route.metric)
                 .collect::<Vec<_>>()
         };
@@ -709,16 +789,44 @@ mod tests {
     }
 
     #[test]
+    fn what_leaves_by_an_address_of_a_second_tailnet_finds_its_routes_first() {
+        let own = |index| {
+            let routes = ["100.64.0.0/10", "100.64.0.7/32"];
+            let interface = interface(&["100.64.0.1/32"], &routes, index, false);
+            let mut routes = routes_of(&interface);
+            routes.retain(|(_, table)| *table != 254);
+            routes
+        };
+        assert_eq!(own(0), []);
+        let second = [("100.64.0.0/10", 5102), ("100.64.0.7/32", 5102)];
+        assert_eq!(own(2), second.map(|(net, table)| (net.to_owned(), table)));
+
+        for address in ["100.64.0.1", "fd7a:115c:a1e0::1"] {
+            let address = address.parse().unwrap();
+            let rule = source_rule(2, address);
+            assert_eq!(source_of(&rule, 2), Some(address));
+            assert_eq!(source_of(&rule, 1), None);
+        }
+        let theirs = rule(AddressFamily::Inet, SOURCE_RULES + 2, 254, &[]);
+        assert_eq!(source_of(&theirs, 2), None);
+    }
+
+    fn routes_of(interface: &Interface) -> Vec<(String, u32)> {
+        let routes = routes(interface, &interface.addresses).into_iter();
+        let pairs = routes.map(|route| (route.destination.to_string(), route.table));
+        pairs.collect()
+    }
+
+    #[test]
     fn an_exit_is_a_default_route_of_its_own_for_each_address() {
         let interface = Interface {
             exit: Exit::BesideLan,
             ..interface(&["100.64.0.1/32"], &[], 1, false)
         };
-        let routes: Vec<_> = routes(&interface, &interface.addresses)
-            .into_iter()
-            .map(|route| (route.destination.to_string(), route.table))
-            .collect();
-        assert_eq!(routes, [("0.0.0.0/0".into(), EXIT_TABLE + 1)]);
+        assert_eq!(
+            routes_of(&interface),
+            [("0.0.0.0/0".into(), EXIT_TABLE + 1)]
+        );
     }
 
     #[test]
@@ -726,7 +834,9 @@ mod tests {
         let keys = |index| {
             let family = AddressFamily::Inet;
             let exit = exit_rules(family, index, Exit::Everything);
+            let source = source_rule(index, Ipv4Addr::LOCALHOST.into());
             let rules = dns_rules(family, index).into_iter().chain(exit);
+            let rules = rules.chain([source]);
             rules
                 .map(|rule| rule.attributes[0].clone())
                 .collect::<Vec<_>>()

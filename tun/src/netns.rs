@@ -10,7 +10,7 @@ use std::{
     thread,
 };
 
-use nix::sched::{CloneFlags, setns};
+use nix::sched::{CloneFlags, setns, unshare};
 
 use crate::{Error, ioctl};
 
@@ -42,6 +42,15 @@ impl Netns {
     /// The calling thread's namespace.
     pub fn current() -> Result<Netns, Error> {
         Netns::open("/proc/thread-self/ns/net")
+    }
+
+    /// Takes the calling thread into a new one, where who is root of a user namespace only may make
+    /// devices.
+    pub fn enter_new() -> Result<(), Error> {
+        unshare(CloneFlags::CLONE_NEWNET).map_err(|errno| Error::Netns {
+            path: "a new one".into(),
+            cause: errno.into(),
+        })
     }
 
     /// The namespace that a TUN device is in now.
