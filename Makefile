@@ -40,7 +40,7 @@ namespaces:
 engines:
 	integration/engines
 
-matrix: ## (root) demo and engine tests on Debians old and new; SUITES=sid and RUNTIMES=runc choose
+matrix: ## (root) demo and engine tests on Debians old and new; SUITES=sid RUNTIMES=runc CASES=… choose
 	@integration/matrix
 
 interop: ## (root) our nodes with the programs of others: Tailscale's client and test server, Headscale
