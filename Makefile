@@ -1,6 +1,6 @@
 # The tasks of people who work on tailnode or install it; cargo builds it.
 .DEFAULT_GOAL := help
-.PHONY: help build manual demo test units namespaces engines interop bench check install uninstall
+.PHONY: help build manual demo test units namespaces engines matrix interop bench check install uninstall
 
 # Finds cargo although sudo resets PATH, and leaves no files of root's in the tree.
 cargo := integration/cargo
@@ -40,6 +40,9 @@ namespaces:
 engines:
 	integration/engines
 
+matrix: ## (root) demo and engine tests on Debians old and new; SUITES=sid RUNTIMES=runc CASES=… choose
+	@integration/matrix
+
 interop: ## (root) our nodes with the programs of others: Tailscale's client and test server, Headscale
 	@[ "$$(id -u)" = 0 ] || { echo "make interop: run me as root (sudo make interop)" >&2; exit 1; }
 	@$(networks) faketime:faketime
@@ -69,7 +72,7 @@ check: $(tools)/bin/cargo-deny $(tools)/bin/cargo-machete ## format, lints, lice
 		echo "make check: the advisory database cannot be reached: advisories are NOT checked" >&2; \
 		$(cargo) deny --log-level error check bans licenses sources; \
 	fi
-	shellcheck --external-sources integration/need integration/lab integration/cargo integration/demo integration/engines integration/bench integration/bench-hook integration/cases/* integration/peers/build packaging/install .ci/run
+	shellcheck --external-sources integration/need integration/lab integration/cargo integration/demo integration/engines integration/matrix integration/cannot integration/bench integration/bench-hook integration/cases/* integration/peers/build packaging/install .ci/run
 
 $(tools)/bin/cargo-deny:
 	$(cargo) install --quiet --locked --debug --root $(tools) cargo-deny@0.20.2
