@@ -100,14 +100,20 @@ pub async fn run(
     settings: Settings,
     activated: Option<std::os::unix::net::UnixListener>,
 ) -> Result<(), Error> {
+    let mut patience = Duration::ZERO;
     if settings.on_demand {
+        // One before it, in a network that Podman has ended, may still be ending.
+        patience = Duration::from_secs(2);
         // Nobody's terminal or session ends it.
         setsid().map_err(|cause| Error::file("begin a session in", "the daemon")(cause.into()))?;
     }
     let defaults = Layer::of_file(&settings.config)?;
     private_directory(&settings.state)?;
     let nodes = settings.state.join("nodes");
-    let _held = [hold(&nodes)?, hold(&settings.run_dir)?];
+    let _held = [
+        hold(&nodes, patience).await?,
+        hold(&settings.run_dir, patience).await?,
+    ];
     if let Some(directory) = &settings.docker_plugin_dir {
         let made = fs::create_dir_all(directory);
         made.map_err(Error::file("make the directory", directory))?;
@@ -415,7 +421,7 @@ fn attached(ready: &Ready) -> Response {
     }
 }
 
-/// Makes a socket that is root's alone; one that an earlier daemon left is replaced.
+/// Makes a socket that is its owner's alone; one that an earlier daemon left is replaced.
 async fn listen(path: PathBuf) -> Result<(UnixListener, SocketFile), Error> {
     match UnixStream::connect(&path).await {
         Err(cause) if cause.kind() == io::ErrorKind::NotFound => {}
@@ -470,7 +476,7 @@ impl Stop {
     }
 }
 
-/// Makes a directory for root alone, whatever its mode was.
+/// Makes a directory for its owner alone, whatever its mode was.
 fn private_directory(path: &Path) -> Result<(), Error> {
     DirBuilder::new()
         .recursive(true)
@@ -481,14 +487,25 @@ fn private_directory(path: &Path) -> Result<(), Error> {
         .map_err(Error::file("set the mode of", path))
 }
 
-/// Makes a directory for root alone, and for this daemon alone until the value is dropped.
-fn hold(path: &Path) -> Result<File, Error> {
+/// Makes a directory for its owner alone, and for this daemon alone until the value is dropped. Another
+/// daemon may have it for as long as `patience`.
+async fn hold(path: &Path, patience: Duration) -> Result<File, Error> {
     private_directory(path)?;
     let directory = File::open(path).map_err(Error::file("open the directory", path))?;
-    match directory.try_lock() {
-        Ok(()) => Ok(directory),
-        Err(TryLockError::WouldBlock) => Err(Error::AlreadyRunning { path: path.into() }),
-        Err(TryLockError::Error(cause)) => Err(Error::file("lock the directory", path)(cause)),
+    let began = Instant::now();
+    loop {
+        match directory.try_lock() {
+            Ok(()) => return Ok(directory),
+            Err(TryLockError::WouldBlock) if began.elapsed() < patience => {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+            Err(TryLockError::WouldBlock) => {
+                return Err(Error::AlreadyRunning { path: path.into() });
+            }
+            Err(TryLockError::Error(cause)) => {
+                return Err(Error::file("lock the directory", path)(cause));
+            }
+        }
     }
 }
 
@@ -707,17 +724,21 @@ mod tests {
         server.abort();
     }
 
-    #[test]
-    fn a_directory_has_one_daemon() {
+    #[tokio::test]
+    async fn a_directory_has_one_daemon() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("run");
-        let held = hold(&path).unwrap();
+        let held = hold(&path, Duration::ZERO).await.unwrap();
         let mode = fs::metadata(&path).unwrap().permissions().mode();
         assert_eq!(mode & 0o777, 0o700);
-        let second = hold(&path).unwrap_err();
+        let second = hold(&path, Duration::ZERO).await.unwrap_err();
         assert!(matches!(second, Error::AlreadyRunning { .. }), "{second}");
-        drop(held);
-        hold(&path).unwrap();
+        let soon = async {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+            drop(held);
+        };
+        let (third, ()) = tokio::join!(hold(&path, Duration::from_secs(20)), soon);
+        third.unwrap();
     }
 
     #[tokio::test]

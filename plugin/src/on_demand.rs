@@ -41,27 +41,23 @@ pub(crate) fn ensure(socket: &Path) -> Result<(), Error> {
     }
     let deadline = Instant::now() + PATIENCE;
     let mut started: Option<(Child, PathBuf)> = None;
+    let mut ended = false;
     loop {
-        match peer(socket) {
-            Some(peer) if is_elsewhere(peer) => {
-                // It is about to end by itself.
-                if let Err(error) = kill_process(peer, Signal::TERM) {
+        match (peer(socket), &mut started) {
+            (Some(earlier), _) if is_elsewhere(earlier) => {
+                // It would end by itself a little later. A new one waits until it has.
+                if !ended && let Err(error) = kill_process(earlier, Signal::TERM) {
                     eprintln!("tailscale: cannot end an earlier tailnoded: {error}");
                 }
+                ended = true;
             }
-            Some(_) => return Ok(()),
-            None => match &mut started {
-                None => started = Some(start(&owner)?),
-                Some((child, log)) => {
-                    if let Ok(Some(_)) = child.try_wait() {
-                        // Also when it met one that is still ending: that one is gone soon.
-                        if Instant::now() + PATIENCE / 2 > deadline {
-                            return Err(unstarted(log));
-                        }
-                        started = None;
-                    }
+            (Some(_), _) => return Ok(()),
+            (None, None) => started = Some(start(&owner)?),
+            (None, Some((child, log))) => {
+                if let Ok(Some(_)) = child.try_wait() {
+                    return Err(unstarted(log));
                 }
-            },
+            }
         }
         if Instant::now() >= deadline {
             return Err(match started {
