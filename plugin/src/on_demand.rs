@@ -24,7 +24,7 @@ use rustix::{
     process::{Pid, Signal, kill_process},
 };
 
-use crate::{Error, owner::Owner};
+use crate::{Error, api::SOCKET_NAME, owner::Owner};
 
 /// For the daemon to listen.
 const PATIENCE: Duration = Duration::from_secs(3);
@@ -33,10 +33,11 @@ const LOOK: Duration = Duration::from_millis(5);
 /// Of the log of a daemon that no journal takes, in bytes: it begins anew then.
 const MAX_LOG: u64 = 1 << 20;
 
-/// Sees to it that somebody listens on a user's socket, unless that is systemd's to do.
+/// Sees to it that somebody listens on a user's socket, where that is not for root or systemd to do.
 pub(crate) fn ensure(socket: &Path) -> Result<(), Error> {
     let owner = Owner::here();
-    if owner == Owner::Host || owner.has_systemd() {
+    // Whoever names another socket sees to what is behind it.
+    if !owner.starts_on_demand() || socket != owner.run_dir().join(SOCKET_NAME) {
         return Ok(());
     }
     let deadline = Instant::now() + PATIENCE;

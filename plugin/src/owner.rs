@@ -114,11 +114,11 @@ impl Owner {
         }
     }
 
-    /// Whether systemd runs for this owner, and so may start the daemon.
-    pub(crate) fn has_systemd(&self) -> bool {
+    /// Whether a container that needs the daemon starts it: that of a user for whom no systemd runs.
+    pub(crate) fn starts_on_demand(&self) -> bool {
         match self {
-            Owner::Host => Path::new("/run/systemd/system").exists(),
-            Owner::User { runtime, .. } => runtime.join("systemd/private").exists(),
+            Owner::Host => false,
+            Owner::User { runtime, .. } => !runtime.join("systemd/private").exists(),
         }
     }
 
@@ -127,9 +127,9 @@ impl Owner {
         match self {
             Owner::Host => "start it with `systemctl start tailnoded`".into(),
             Owner::User { .. } => {
-                let start = match self.has_systemd() {
-                    true => "start it with `systemctl --user enable --now tailnoded.socket`",
-                    false => "it starts with the first container of a tailnet",
+                let start = match self.starts_on_demand() {
+                    true => "it starts with the first container of a tailnet, or by `tailnoded &`",
+                    false => "start it with `systemctl --user enable --now tailnoded.socket`",
                 };
                 let other = match Path::new(HOST_RUN).exists() {
                     true => "; the host's own serves root's containers: `sudo tailnode`",
