@@ -26,7 +26,8 @@ const OTHER_ANSWER: &str = "tailnoded gave an answer to something else: is it of
 
 /// Containers as nodes of a tailnet.
 ///
-/// It asks tailnoded at $TAILNODE_SOCKET, else at /run/tailnode/tailnoded.sock, which root may.
+/// It asks tailnoded at $TAILNODE_SOCKET, else for root that of the host, at /run/tailnode/tailnoded.sock, and for
+/// anybody else their own, at $XDG_RUNTIME_DIR/tailnode/tailnoded.sock.
 #[derive(Parser)]
 #[command(name = "tailnode", version)]
 struct Arguments {
@@ -54,7 +55,7 @@ Exit status: 0 done; 1 no answer from tailnoded, or no such container; 2 wrong u
 /// What `login` does.
 const LOGIN: &str = "\
 With NETWORK it asks for an auth key, or an OAuth client's secret, without showing it; where its input is no
-terminal, it reads it from there. tailnoded keeps it, readable by root alone, for the nodes that join the networks
+terminal, it reads it from there. tailnoded keeps it, readable by nobody else, for the nodes that join the networks
 of this name from now on, unless the network's own option auth-key names another.
 
 With --wait it waits until nobody must log in for the container, or for any, and prints the pages to open.

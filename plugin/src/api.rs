@@ -1,8 +1,8 @@
 //! What the engines' shims and the command line say to the daemon.
 //!
 //! One connection to a Unix stream socket is one request: a line of JSON, with some also the
-//! descriptor of a TUN device or file (SCM_RIGHTS), and back a line of JSON. The socket is root's
-//! alone, by its mode and its directory's.
+//! descriptor of a TUN device or file (SCM_RIGHTS), and back a line of JSON. The socket is its owner's
+//! alone, root's or that of the user whose containers the daemon serves, by its mode and its directory's.
 
 use std::{
     collections::BTreeMap,
@@ -27,7 +27,7 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use tailnode_node::Secret;
 use tailnode_tun::Interface;
 
-use crate::{Error, options::Told};
+use crate::{Error, options::Told, owner::Owner};
 
 /// The longest message, in bytes, its newline included.
 const MAX_MESSAGE: usize = 1 << 20;
@@ -35,12 +35,11 @@ const MAX_MESSAGE: usize = 1 << 20;
 /// The name of the socket in the daemon's directory.
 pub const SOCKET_NAME: &str = "tailnoded.sock";
 
-/// Where the daemon is: `$TAILNODE_SOCKET`, else `/run/tailnode/tailnoded.sock`.
+/// Where the daemon is: `$TAILNODE_SOCKET`, else `/run/tailnode/tailnoded.sock`, and for who is not
+/// root `$XDG_RUNTIME_DIR/tailnode/tailnoded.sock`.
 pub fn socket_path() -> PathBuf {
-    env::var_os("TAILNODE_SOCKET").map_or_else(
-        || Path::new("/run/tailnode").join(SOCKET_NAME),
-        PathBuf::from,
-    )
+    env::var_os("TAILNODE_SOCKET")
+        .map_or_else(|| Owner::here().run_dir().join(SOCKET_NAME), PathBuf::from)
 }
 
 /// What can be asked of the daemon.
@@ -156,7 +155,7 @@ pub enum Request {
     },
 }
 
-/// A secret as it is written on the socket, which is root's alone, and nowhere else.
+/// A secret as it is written on the socket, which is its owner's alone, and nowhere else.
 mod exposed {
     use serde::{Deserialize, Deserializer, Serialize, Serializer};
     use tailnode_node::Secret;
@@ -647,7 +646,7 @@ mod tests {
         let ask = || call(&socket, &Request::Status, None, Duration::from_secs(10));
         let error = ask().unwrap_err().to_string();
         assert!(
-            error.contains("systemctl start tailnoded") && error.contains("s.sock"),
+            error.contains("tailnoded is not running") && error.contains("s.sock"),
             "{error}"
         );
 

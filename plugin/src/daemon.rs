@@ -16,6 +16,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use rustix::process::setsid;
 use tokio::{
     net::{UnixListener, UnixStream},
     signal::unix::{Signal, SignalKind, signal},
@@ -29,6 +30,7 @@ use crate::{
     identities::Kept,
     interface::blocking,
     options::{Layer, Marks},
+    owner::Owner,
     podman,
     secrets::Secrets,
 };
@@ -45,30 +47,29 @@ const TALK: Duration = Duration::from_secs(5);
 #[command(name = "tailnoded", version)]
 pub struct Settings {
     /// Where the nodes' keys are kept.
-    #[arg(long, value_name = "DIRECTORY", default_value = "/var/lib/tailnode")]
+    #[arg(long, value_name = "DIRECTORY", default_value_os_t = Owner::here().state())]
     pub state: PathBuf,
     /// Where the socket of the shims and of `tailnode` is made.
-    #[arg(long, value_name = "DIRECTORY", default_value = "/run/tailnode")]
+    #[arg(long, value_name = "DIRECTORY", default_value_os_t = Owner::here().run_dir())]
     pub run_dir: PathBuf,
-    /// The host's options.
-    #[arg(long, value_name = "FILE", default_value = "/etc/tailnode/config.toml")]
+    /// The options of all containers.
+    #[arg(long, value_name = "FILE", default_value_os_t = Owner::here().config())]
     pub config: PathBuf,
-    /// Where Docker looks for plugins' sockets.
-    #[arg(long, value_name = "DIRECTORY", default_value = "/run/docker/plugins")]
-    pub docker_plugin_dir: PathBuf,
+    /// Where Docker looks for plugins' sockets; a user's own tailnoded serves none.
+    #[arg(long, value_name = "DIRECTORY", default_value = Owner::here().docker_plugin_dir())]
+    pub docker_plugin_dir: Option<PathBuf>,
     /// Docker's API.
     #[arg(long, value_name = "SOCKET", default_value = "/var/run/docker.sock")]
     pub docker_socket: PathBuf,
     /// Podman's state, where containers' labels are read.
-    #[arg(
-        long,
-        value_name = "FILE",
-        default_value = "/var/lib/containers/storage/db.sql"
-    )]
+    #[arg(long, value_name = "FILE", default_value_os_t = Owner::here().podman_db())]
     pub podman_db: PathBuf,
     /// How far the kernel is trusted to take many packets as one: lower it where packets get lost.
     #[arg(long, value_enum, default_value_t)]
     pub offload: Offload,
+    /// Detached from whoever started it, and only for as long as there are nodes.
+    #[arg(long, hide = true)]
+    pub on_demand: bool,
 }
 
 /// Which packets may travel between kernel and daemon as one.
@@ -93,22 +94,55 @@ impl From<Offload> for tailnode_node::Offload {
     }
 }
 
-/// Runs the daemon until it gets SIGTERM or SIGINT; then all nodes are stopped.
-pub async fn run(settings: Settings) -> Result<(), Error> {
+/// Runs the daemon until it gets SIGTERM or SIGINT; then all nodes are stopped. The shims' socket may be
+/// one that systemd listens on.
+pub async fn run(
+    settings: Settings,
+    activated: Option<std::os::unix::net::UnixListener>,
+) -> Result<(), Error> {
+    let mut patience = Duration::ZERO;
+    if settings.on_demand {
+        // One before it, in a network that Podman has ended, may still be ending.
+        patience = Duration::from_secs(2);
+        // Nobody's terminal or session ends it.
+        setsid().map_err(|cause| Error::file("begin a session in", "the daemon")(cause.into()))?;
+    }
     let defaults = Layer::of_file(&settings.config)?;
     private_directory(&settings.state)?;
     let nodes = settings.state.join("nodes");
-    let _held = [hold(&nodes)?, hold(&settings.run_dir)?];
-    fs::create_dir_all(&settings.docker_plugin_dir).map_err(Error::file(
-        "make the directory",
-        &settings.docker_plugin_dir,
-    ))?;
+    let _held = [
+        hold(&nodes, patience).await?,
+        hold(&settings.run_dir, patience).await?,
+    ];
+    if let Some(directory) = &settings.docker_plugin_dir {
+        let made = fs::create_dir_all(directory);
+        made.map_err(Error::file("make the directory", directory))?;
+    }
 
     // Before the sockets: whoever can ask us to stop must be heard.
     let mut stop = Stop::new().map_err(Error::file("listen for signals in", "the daemon"))?;
-    let (shims_listener, shims_file) = listen(settings.run_dir.join(api::SOCKET_NAME)).await?;
-    let (docker_listener, docker_file) =
-        listen(settings.docker_plugin_dir.join("tailscale.sock")).await?;
+    let socket = settings.run_dir.join(api::SOCKET_NAME);
+    let (shims_listener, shims_file) = match activated {
+        Some(listener) => {
+            let adopt = || {
+                listener.set_nonblocking(true)?;
+                UnixListener::from_std(listener)
+            };
+            // systemd's file, which stays.
+            (adopt().map_err(Error::file("listen at", &socket))?, None)
+        }
+        None => {
+            let (listener, file) = listen(socket.clone()).await?;
+            (listener, Some(file))
+        }
+    };
+    let (docker_listener, docker_file) = match settings.docker_plugin_dir {
+        Some(directory) => {
+            let (listener, file) = listen(directory.join("tailscale.sock")).await?;
+            (Some(listener), Some(file))
+        }
+        None => (None, None),
+    };
 
     let secrets = Secrets::new(
         settings.state.join("keys"),
@@ -124,18 +158,23 @@ pub async fn run(settings: Settings) -> Result<(), Error> {
     });
     tracing::info!(
         version = env!("CARGO_PKG_VERSION"),
-        socket = %shims_file.0.display(),
-        docker = %docker_file.0.display(),
+        socket = %socket.display(),
+        docker = docker_file.as_ref().map(|file| tracing::field::display(file.0.display())),
         "ready"
     );
     notify("READY=1");
 
-    tokio::spawn(report_orphans(shims.clone(), plugin.clone()));
+    let docker = docker_listener.map(|listener| (listener, plugin));
+    let plugin = docker.as_ref().map(|(_, plugin)| plugin.clone());
+    tokio::spawn(report_orphans(shims.clone(), plugin));
     tokio::select! {
         () = stop.wanted() => {}
         () = shims.serve(shims_listener) => {}
-        result = async { axum::serve(docker_listener, plugin.router()).await } => {
-            result.map_err(Error::file("serve Docker at", &docker_file.0))?;
+        result = serve_docker(docker) => {
+            result.map_err(Error::file("serve", "Docker"))?;
+        }
+        () = endpoints.unused(), if settings.on_demand => {
+            tracing::info!("the last node has ended");
         }
     }
     notify("STOPPING=1");
@@ -147,14 +186,24 @@ pub async fn run(settings: Settings) -> Result<(), Error> {
 
 /// Logs which containers lost their nodes when an earlier daemon ended: the engines tell only of
 /// containers that start.
-async fn report_orphans(shims: Arc<Shims>, plugin: Arc<Plugin>) {
+async fn report_orphans(shims: Arc<Shims>, plugin: Option<Arc<Plugin>>) {
     let database = shims.podman_db.clone();
     for container in blocking(move || podman::running(&database)).await {
         shims
             .endpoints
             .report_orphan(Engine::Podman, &container.id, &container.name);
     }
-    plugin.report_orphans().await;
+    if let Some(plugin) = plugin {
+        plugin.report_orphans().await;
+    }
+}
+
+/// Serves Docker, if at all.
+async fn serve_docker(docker: Option<(UnixListener, Arc<Plugin>)>) -> io::Result<()> {
+    match docker {
+        Some((listener, plugin)) => axum::serve(listener, plugin.router()).await,
+        None => std::future::pending().await,
+    }
 }
 
 /// Serves the shims and the command line.
@@ -378,7 +427,7 @@ fn attached(ready: &Ready) -> Response {
     }
 }
 
-/// Makes a socket that is root's alone; one that an earlier daemon left is replaced.
+/// Makes a socket that is its owner's alone; one that an earlier daemon left is replaced.
 async fn listen(path: PathBuf) -> Result<(UnixListener, SocketFile), Error> {
     match UnixStream::connect(&path).await {
         Err(cause) if cause.kind() == io::ErrorKind::NotFound => {}
@@ -433,7 +482,7 @@ impl Stop {
     }
 }
 
-/// Makes a directory for root alone, whatever its mode was.
+/// Makes a directory for its owner alone, whatever its mode was.
 fn private_directory(path: &Path) -> Result<(), Error> {
     DirBuilder::new()
         .recursive(true)
@@ -444,14 +493,25 @@ fn private_directory(path: &Path) -> Result<(), Error> {
         .map_err(Error::file("set the mode of", path))
 }
 
-/// Makes a directory for root alone, and for this daemon alone until the value is dropped.
-fn hold(path: &Path) -> Result<File, Error> {
+/// Makes a directory for its owner alone, and for this daemon alone until the value is dropped. Another
+/// daemon may have it for as long as `patience`.
+async fn hold(path: &Path, patience: Duration) -> Result<File, Error> {
     private_directory(path)?;
     let directory = File::open(path).map_err(Error::file("open the directory", path))?;
-    match directory.try_lock() {
-        Ok(()) => Ok(directory),
-        Err(TryLockError::WouldBlock) => Err(Error::AlreadyRunning { path: path.into() }),
-        Err(TryLockError::Error(cause)) => Err(Error::file("lock the directory", path)(cause)),
+    let began = Instant::now();
+    loop {
+        match directory.try_lock() {
+            Ok(()) => return Ok(directory),
+            Err(TryLockError::WouldBlock) if began.elapsed() < patience => {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+            Err(TryLockError::WouldBlock) => {
+                return Err(Error::AlreadyRunning { path: path.into() });
+            }
+            Err(TryLockError::Error(cause)) => {
+                return Err(Error::file("lock the directory", path)(cause));
+            }
+        }
     }
 }
 
@@ -599,7 +659,10 @@ mod tests {
             assert_eq!(allows("tags", "tag:web").unwrap(), Response::Ok);
             // The daemon's file, which `with_daemon` gives it, locks this.
             let error = allows("exit-node", "gw").unwrap_err().to_string();
-            assert!(error.contains("config.toml locks it. Root may"), "{error}");
+            assert!(
+                error.contains("config.toml locks it.") && error.contains("may change that"),
+                "{error}"
+            );
         })
         .await;
     }
@@ -667,17 +730,21 @@ mod tests {
         server.abort();
     }
 
-    #[test]
-    fn a_directory_has_one_daemon() {
+    #[tokio::test]
+    async fn a_directory_has_one_daemon() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("run");
-        let held = hold(&path).unwrap();
+        let held = hold(&path, Duration::ZERO).await.unwrap();
         let mode = fs::metadata(&path).unwrap().permissions().mode();
         assert_eq!(mode & 0o777, 0o700);
-        let second = hold(&path).unwrap_err();
+        let second = hold(&path, Duration::ZERO).await.unwrap_err();
         assert!(matches!(second, Error::AlreadyRunning { .. }), "{second}");
-        drop(held);
-        hold(&path).unwrap();
+        let soon = async {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+            drop(held);
+        };
+        let (third, ()) = tokio::join!(hold(&path, Duration::from_secs(20)), soon);
+        third.unwrap();
     }
 
     #[tokio::test]

@@ -41,6 +41,10 @@ const SILENT_PATIENCE: Duration = Duration::from_secs(4);
 /// For how long the status tells of a container that did not start because somebody must let it in.
 const WAITING: Duration = Duration::from_secs(3600);
 
+/// A daemon that is only there for its nodes outlives the last by this, which is long enough for a
+/// container that restarts.
+const UNUSED: Duration = Duration::from_secs(2);
+
 /// The suffix of names on Podman's bridges (containers-common: defaultDNSDomain).
 const PODMAN_NAMES: &str = "dns.podman";
 
@@ -706,6 +710,18 @@ impl Endpoints {
     pub(crate) async fn undo(self: &Arc<Self>, ready: Ready) {
         self.end_within(ready.endpoint, true, Instant::now() + DETACH)
             .await;
+    }
+
+    /// Returns when there has been no node for a while, and none is on its way.
+    pub(crate) async fn unused(&self) {
+        let mut since = Instant::now();
+        while since.elapsed() < UNUSED {
+            tokio::time::sleep(UNUSED / 20).await;
+            let state = self.state();
+            if !state.endpoints.is_empty() || !state.turns.is_empty() {
+                since = Instant::now();
+            }
+        }
     }
 
     /// Stops all nodes, for good.

@@ -1,22 +1,42 @@
 use std::{io, path::PathBuf};
 
-use crate::api::Engine;
+use crate::{api::Engine, owner::Owner};
 
 /// Why something could not be done, in words for the person at the prompt.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// Nobody listens on the daemon's socket.
     #[error(
-        "tailnoded is not running (no answer at {}): start it with `systemctl start tailnoded`",
-        socket.display()
+        "tailnoded is not running (no answer at {}): {}",
+        socket.display(),
+        Owner::here().how_to_start()
     )]
     NotRunning {
         /// The daemon's socket.
         socket: PathBuf,
     },
 
-    /// The socket is there for root only.
-    #[error("not allowed to talk to tailnoded at {}: run this as root", socket.display())]
+    /// A user's daemon did not start when it was needed.
+    #[error(
+        "tailnoded, started for this container, does not answer: {reason}; {} says more",
+        log.display()
+    )]
+    Unstarted {
+        /// Its log.
+        log: PathBuf,
+        /// The end of it.
+        reason: String,
+    },
+
+    /// The process that enters a container's namespaces for a daemon that may not, failed.
+    #[error("cannot change the container's device from within its namespaces: {cause}")]
+    Helper {
+        /// What happened.
+        cause: io::Error,
+    },
+
+    /// The socket is there for its owner only.
+    #[error("not allowed to talk to tailnoded at {}: run this as root, or as the user whose it is", socket.display())]
     Denied {
         /// The daemon's socket.
         socket: PathBuf,
@@ -24,8 +44,9 @@ pub enum Error {
 
     /// The daemon took the connection, but no answer came.
     #[error(
-        "tailnoded at {} did not answer: {cause}; its log says more: `journalctl -u tailnoded`",
-        socket.display()
+        "tailnoded at {} did not answer: {cause}; its log says more: `journalctl {}-u tailnoded`",
+        socket.display(),
+        Owner::here().flag()
     )]
     Unanswered {
         /// The daemon's socket.

@@ -16,7 +16,7 @@ use tokio::{
     time::{Instant, sleep_until},
 };
 
-use crate::{Error, api::Engine};
+use crate::{Error, api::Engine, inside::Change};
 
 /// What a device is called in a container, before its number.
 pub(crate) const PREFIX: &str = "tailscale";
@@ -191,7 +191,9 @@ impl Device {
         if let Some((netns, name)) = self.place().await?
             && let Some(index) = self.index(&name)
         {
-            blocking(move || tailnode_tun::release(&netns, &name, index)).await?;
+            let device = name;
+            let change = Change::Release { device, index };
+            blocking(move || change.make(&netns)).await?;
         }
         Ok(())
     }
@@ -234,12 +236,12 @@ impl Device {
     }
 
     async fn apply(&self, interface: Interface) -> Result<(), Error> {
-        let Some((netns, name)) = self.place().await? else {
+        let Some((netns, device)) = self.place().await? else {
             // Docker has taken it back.
             return Ok(());
         };
-        blocking(move || tailnode_tun::configure(&netns, &name, &interface)).await?;
-        Ok(())
+        let change = Change::Configure { device, interface };
+        blocking(move || change.make(&netns)).await
     }
 
     /// Where the device is and how it is called there; `None` while that is the host.

@@ -1,16 +1,27 @@
 //! The daemon `tailnoded`.
 
-use std::io::{self, IsTerminal};
+use std::{
+    io::{self, IsTerminal},
+    process::ExitCode,
+};
 
 use anyhow::Context;
 use clap::Parser;
 use rustix::{fs::Mode, process::umask};
-use tailnode_plugin::daemon::{self, Settings};
+use tailnode_plugin::{
+    activation,
+    daemon::{self, Settings},
+    inside,
+};
 use tracing_subscriber::EnvFilter;
 
-fn main() -> anyhow::Result<()> {
+fn main() -> anyhow::Result<ExitCode> {
+    if inside::is_child() {
+        return Ok(inside::child());
+    }
     let settings = Settings::parse();
-    // Before anything is made: keys and sockets are root's alone.
+    let activated = activation::socket().context("the socket that systemd hands over")?;
+    // Before anything is made: keys and sockets are their owner's alone.
     umask(Mode::from_raw_mode(0o077));
     let filter = match std::env::var(EnvFilter::DEFAULT_ENV) {
         Ok(wanted) => EnvFilter::builder().parse_lossy(wanted),
@@ -29,6 +40,7 @@ fn main() -> anyhow::Result<()> {
         .enable_all()
         .build()
         .context("cannot start the runtime")?
-        .block_on(daemon::run(settings))
-        .context("tailnoded")
+        .block_on(daemon::run(settings, activated))
+        .context("tailnoded")?;
+    Ok(ExitCode::SUCCESS)
 }

@@ -175,9 +175,9 @@ impl Secrets {
                 (
                     cause,
                     format!(
-                        "root makes it with `podman secret create {name} -`; the secrets of a \
-                         Docker swarm are not to be read by plugins, nor are those of other users: \
-                         use `file:`"
+                        "whoever tailnoded runs as, root on the host's, makes it with `podman secret \
+                         create {name} -`; the secrets of a Docker swarm are not to be read by \
+                         plugins, nor are those of other users: use `file:`"
                     ),
                 )
             }),

@@ -15,6 +15,8 @@ use crate::{
     Error,
     api::{self, Asked, Engine, Request, Response},
     interface::PREFIX,
+    on_demand,
+    owner::Owner,
 };
 
 /// The daemon answers an attach within 8 s, with an error if it must. Podman's other starts may wait
@@ -22,9 +24,6 @@ use crate::{
 const ATTACH_TIMEOUT: Duration = Duration::from_millis(8_600);
 const DETACH_TIMEOUT: Duration = Duration::from_secs(6);
 const CLEAN_UP_TIMEOUT: Duration = Duration::from_millis(500);
-
-const OTHER_VERSION: &str = "tailnoded answered another question: it and this program are of \
-                             different versions; restart it with `systemctl restart tailnoded`";
 
 /// A container's place on a network.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -111,6 +110,7 @@ impl Place {
             annotations: place.annotations,
         };
         let socket = api::socket_path();
+        on_demand::ensure(&socket)?;
         Ok(api::ask(&socket, &request, Some(tun), ATTACH_TIMEOUT)?)
     }
 
@@ -155,7 +155,11 @@ fn serve(asked: Asked, netns: &Netns, device: String) -> Result<Attached, Box<Er
 /// For an answer to another question than was asked.
 pub fn other_version() -> Box<Error> {
     Box::new(Error::Daemon {
-        message: OTHER_VERSION.into(),
+        message: format!(
+            "tailnoded answered another question: it and this program are of different versions; \
+             restart it with `systemctl {}restart tailnoded`",
+            Owner::here().flag()
+        ),
     })
 }
 

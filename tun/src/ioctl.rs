@@ -1,4 +1,4 @@
-//! The TUN driver's ioctls: linux/if_tun.h.
+//! The TUN driver's ioctls, linux/if_tun.h, and that of namespaces, linux/nsfs.h.
 
 use std::{
     ffi::{CStr, c_short},
@@ -50,6 +50,17 @@ pub(crate) fn interface_name(tun: BorrowedFd) -> io::Result<String> {
 pub(crate) fn device_netns(tun: BorrowedFd) -> io::Result<OwnedFd> {
     // SAFETY: the descriptor is open for as long as it is borrowed; the ioctl takes no argument.
     let result = unsafe { libc::ioctl(tun.as_raw_fd(), libc::TUNGETDEVNETNS) };
+    if result < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the kernel has just made this descriptor for us, and nobody else knows of it.
+    Ok(unsafe { OwnedFd::from_raw_fd(result) })
+}
+
+/// NS_GET_USERNS (Linux ≥ 4.9): the user namespace that owns a namespace.
+pub(crate) fn owner(namespace: BorrowedFd) -> io::Result<OwnedFd> {
+    // SAFETY: the descriptor is open for as long as it is borrowed; the ioctl takes no argument.
+    let result = unsafe { libc::ioctl(namespace.as_raw_fd(), libc::NS_GET_USERNS) };
     if result < 0 {
         return Err(io::Error::last_os_error());
     }

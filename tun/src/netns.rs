@@ -2,7 +2,7 @@ use std::{
     fs::File,
     io,
     os::{
-        fd::{AsFd, BorrowedFd},
+        fd::{AsFd, BorrowedFd, OwnedFd},
         unix::fs::MetadataExt,
     },
     panic,
@@ -59,6 +59,11 @@ impl Netns {
         Netns::from_file(Ok(file.into()), Path::new("of the TUN device"))
     }
 
+    /// The one that a descriptor is of, such as another process may send.
+    pub fn of_descriptor(netns: OwnedFd) -> Result<Netns, Error> {
+        Netns::from_file(Ok(netns.into()), Path::new("of the container"))
+    }
+
     fn from_file(file: io::Result<File>, path: &Path) -> Result<Netns, Error> {
         let with_id = file.and_then(|file| {
             let metadata = file.metadata()?;
@@ -90,6 +95,14 @@ impl Netns {
                 .unwrap_or_else(|payload| panic::resume_unwind(payload))
                 .map_err(|errno: nix::Error| self.error(errno.into()))
         })
+    }
+
+    /// Takes the calling process, which must have one thread only, into the user namespace that owns
+    /// this one. There it has all capabilities, and outside none: the kernel lets root in, and the
+    /// user who made the user namespace.
+    pub fn enter_owner(&self) -> Result<(), Error> {
+        let owner = ioctl::owner(self.as_fd()).map_err(|cause| self.error(cause))?;
+        setns(owner, CloneFlags::CLONE_NEWUSER).map_err(|errno| self.error(errno.into()))
     }
 
     fn error(&self, cause: io::Error) -> Error {

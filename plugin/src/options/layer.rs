@@ -13,7 +13,7 @@ use super::{
     table::{self, Entry, TABLE, Value},
     values, words,
 };
-use crate::{Error, secrets::is_key};
+use crate::{Error, owner::Owner, secrets::is_key};
 
 /// Where options can be set. Of two, the later one is heard.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -64,7 +64,12 @@ impl Origin {
     /// Who can take a lock away, and how.
     fn owner(&self) -> &'static str {
         match self {
-            Origin::File(_) => "Root may change that there, and then `systemctl restart tailnoded`",
+            Origin::File(_) => match Owner::here() {
+                Owner::Host => "Root may change that there, and then `systemctl restart tailnoded`",
+                Owner::User { .. } => {
+                    "You may change that there, and then `systemctl --user restart tailnoded`"
+                }
+            },
             _ => "The network's owner may set it there, or make the network again without the lock",
         }
     }

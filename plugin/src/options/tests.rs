@@ -190,7 +190,7 @@ fn a_lock_holds_on_every_surface_above_it() {
                         .expect_err(&what)
                         .to_string();
                     let owner = match low {
-                        Surface::File => ["config.toml locks it", "Root may"],
+                        Surface::File => ["config.toml locks it", "may change that"],
                         _ => ["the network tailnet locks it", "The network's owner may"],
                     };
                     assert!(
