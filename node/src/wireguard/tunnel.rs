@@ -710,7 +710,7 @@ mod tests {
                 }
             }
             if we_begin {
-                assert_eq!(they_got, [packet.clone()]);
+                assert_eq!(they_got, std::slice::from_ref(&packet));
                 let TunnResult::WriteToNetwork(bytes) = theirs.encapsulate(&packet, &mut buffer)
                 else {
                     panic!("they have no session");
