@@ -56,8 +56,8 @@ bench: ## (root) our node measured beside Tailscale's, each in its turn; QUICK=1
 	@$(networks)
 	@integration/peers/build >/dev/null
 	@integration/peers/build bench >/dev/null
-	@set -e; $(cargo) build --profile $(PROFILE) --workspace --bins; \
-	race=$$($(cargo) build --profile $(PROFILE) -p tailnode-bench --bench race --message-format=json | sed -nE 's/.*"executable":"([^"]+)".*/\1/p'); \
+	@# All at once: apart, they would want their dependencies with other features.
+	@set -e; race=$$($(cargo) build --profile $(PROFILE) --workspace --bins --bench race --message-format=json | sed -nE 's/.*"kind":\["bench"\].*"executable":"([^"]+)".*/\1/p'); \
 	"$$race" 2>target/bench.log || { echo "make bench: target/bench.log says more" >&2; exit 1; }; \
 	"$$race" plot target/bench.json target/bench.svg
 

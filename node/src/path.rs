@@ -118,6 +118,11 @@ impl Path {
         }
     }
 
+    /// Whether the peer may be found at an address.
+    pub fn knows(&self, address: SocketAddr) -> bool {
+        self.candidates.contains_key(&address)
+    }
+
     /// The address in use, if it was vouched for lately.
     pub fn direct(&self, now: Instant) -> Option<SocketAddr> {
         self.best

@@ -50,6 +50,8 @@ const RETRY_LAST: Duration = Duration::from_secs(2);
 /// their handshake by themselves.
 const CALLERS: usize = 64;
 const CALLED: Duration = Duration::from_secs(6);
+/// How often all peers are looked through for one that sends in a session that we do not have.
+const CALL_BACK_EVERY: Duration = Duration::from_millis(100);
 /// How long the news of a peer's restart may be on its way.
 const NEWS: Duration = Duration::from_secs(10);
 /// WireGuard's times are in whole seconds; this is often enough to keep them.
@@ -221,6 +223,8 @@ pub struct Router {
     filter: Filter,
     /// Who began a handshake before the map named it.
     callers: VecDeque<(NodePublicKey, Instant)>,
+    /// When a sender without a session was looked for among the peers.
+    looked_for_caller: Option<Instant>,
     /// Slots with a tunnel, and some that had one until lately: what has timers to keep.
     in_use: BTreeSet<usize>,
     endpoints: Vec<SocketAddr>,
@@ -296,6 +300,7 @@ impl Router {
             takes_queries: true,
             filter: Filter::default(),
             callers: VecDeque::new(),
+            looked_for_caller: None,
             in_use: BTreeSet::new(),
             endpoints: Vec::new(),
             relays: BTreeSet::new(),
@@ -510,7 +515,7 @@ impl Router {
                     let alike = |datagram: &&[u8]| Kind::of(datagram) == Some(Kind::Data(index));
                     let datagrams = rest.chunks(size).take_while(alike);
                     let run = &rest[..datagrams.map(<[u8]>::len).sum()];
-                    self.data(None, index, (run, size), now, out);
+                    self.data(None, index, (run, size), Origin::Address(from), now, out);
                     run
                 }
                 Some(kind) => {
@@ -546,7 +551,8 @@ impl Router {
         // A relay vouches for the sender: nobody else's datagrams under its name.
         match kind {
             Some(Kind::Data(index)) => {
-                self.data(Some(slot), index, (datagram, datagram.len()), now, out);
+                let train = (datagram, datagram.len());
+                self.data(Some(slot), index, train, Origin::Relay(region), now, out);
             }
             Some(kind) => {
                 self.handshake(Some(slot), kind, datagram, Origin::Relay(region), now, out);
@@ -782,29 +788,64 @@ impl Router {
         sender: Option<usize>,
         index: u32,
         train: (&[u8], usize),
+        from: Origin,
         now: Instant,
         out: &mut Out,
     ) {
         let slot = (index >> INDEX_BITS) as usize;
         let peer = self.peers.get_mut(slot);
-        // Without a tunnel there is nothing to open: it costs nobody but its sender.
-        let Some(tunnel) = peer.and_then(|peer| peer.tunnel.as_mut()) else {
-            return;
-        };
-        if sender.is_some_and(|sender| sender != slot) {
-            return;
-        }
+        let peer = peer.filter(|_| sender.is_none_or(|sender| sender == slot));
         let room = out.room(train.0.len());
         let start = room.start;
         let mut packets = std::mem::take(&mut self.datagrams);
-        tunnel.open(index, train, now, &mut out.bytes[room], |packet| {
-            packets.push(start + packet.start..start + packet.end);
+        let tunnel = peer.and_then(|peer| peer.tunnel.as_mut());
+        let is_known = tunnel.is_some_and(|tunnel| {
+            tunnel.open(index, train, now, &mut out.bytes[room], |packet| {
+                packets.push(start + packet.start..start + packet.end);
+            })
         });
+        if !is_known {
+            self.datagrams = packets;
+            return self.call_back(sender, from, now, out);
+        }
         out.len = packets.last().map_or(start, |last| last.end);
         self.deliver(slot, &packets, now, out);
         packets.clear();
         self.datagrams = packets;
         self.settle(slot, now, out);
+    }
+
+    /// Somebody goes on with a session that we do not have, because we were restarted since. If it is
+    /// a peer, as it seems, we begin another; it would miss our answers for 15 s before it did.
+    fn call_back(&mut self, sender: Option<usize>, from: Origin, now: Instant, out: &mut Out) {
+        let looked_at = self
+            .looked_for_caller
+            .filter(|&at| now < at + CALL_BACK_EVERY);
+        let slot = match (sender, from) {
+            (Some(slot), _) => slot,
+            // To look through all peers takes long.
+            (None, Origin::Address(address)) if looked_at.is_none() => {
+                self.looked_for_caller = Some(now);
+                let mut peers = self.peers.iter();
+                match peers.find(|(_, peer)| peer.path.knows(address)) {
+                    Some((slot, _)) => slot,
+                    None => return,
+                }
+            }
+            (None, _) => return,
+        };
+        let peer = &mut self.peers[slot];
+        let has_begun = |tunnel: &Box<Tunnel>| tunnel.is_initiating() || tunnel.age(now).is_some();
+        if !peer.tunnel.as_ref().is_some_and(has_begun) {
+            debug!(peer = %peer.name, "it goes on with a session from before our start");
+            let tunnel = peer.tunnel.get_or_insert_with(|| {
+                self.in_use.insert(slot);
+                tunnel(peer.key, slot, now)
+            });
+            peer.retry = Some((now + RETRY_FIRST, RETRY_FIRST));
+            let range = out.append(&tunnel.initiate(&mut self.identity, now));
+            self.send(slot, range, now, out);
+        }
     }
 
     /// A message of a handshake.
@@ -1220,19 +1261,25 @@ mod tests {
                 by_relay: 0,
             };
             for me in 0..2 {
-                let peer = 1 - me;
-                let netmap = Netmap {
-                    myself: world.node(me),
-                    peers: HashMap::from([(peer as NodeId, world.node(peer).into())]),
-                    filters: BTreeMap::from([("base".to_owned(), rules(me))]),
-                    ..Netmap::default()
-                };
-                let host = &mut world.hosts[me];
-                host.router
-                    .update(&netmap, &Changes::everything(), world.now);
-                host.router.set_endpoints(vec![host.udp]);
+                world.start(me, rules(me));
             }
             world
+        }
+
+        /// Begins with a router that knows its map and nothing else.
+        fn start(&mut self, me: usize, rules: Vec<FilterRule>) {
+            let peer = 1 - me;
+            let netmap = Netmap {
+                myself: self.node(me),
+                peers: HashMap::from([(peer as NodeId, self.node(peer).into())]),
+                filters: BTreeMap::from([("base".to_owned(), rules)]),
+                ..Netmap::default()
+            };
+            let host = &mut self.hosts[me];
+            host.router = Router::new(&host.keys);
+            host.router
+                .update(&netmap, &Changes::everything(), self.now);
+            host.router.set_endpoints(vec![host.udp]);
         }
 
         fn node(&self, id: usize) -> tailcfg::Node {
@@ -1560,9 +1607,34 @@ mod tests {
     }
 
     #[test]
+    fn who_was_restarted_calls_those_that_have_not_heard_of_it() {
+        for udp_works in [true, false] {
+            let mut world = World::new(udp_works, |_| allow_all());
+            world.say(0, b"hello");
+            world.say(1, b"hello");
+            world.heard(1);
+            world.now += Duration::from_secs(1);
+            world.start(1, allow_all());
+            world.say(0, b"lost");
+            assert!(world.heard(1).is_empty());
+            world.say(0, b"and on");
+            assert_eq!(world.heard(1), [b"and on"]);
+            // Who only pretends to be the peer makes us call it, once.
+            let mut stale = vec![4, 0, 0, 0];
+            stale.resize(100, 7);
+            let mut out = Out::default();
+            let (address, now) = (world.hosts[0].udp, world.now + CALL_BACK_EVERY);
+            world.hosts[1]
+                .router
+                .on_udp(address, &stale, 100, now, &mut out);
+            assert!(out.is_empty(), "we have a session");
+        }
+    }
+
+    #[test]
     fn strangers_make_no_tunnels() {
         let mut world = World::new(true, |_| allow_all());
-        let from = world.hosts[0].udp;
+        let from = SocketAddr::from(([192, 0, 2, 99], 4000));
         for (kind, length) in [(2u8, 92), (3, 64), (4, 100)] {
             let mut datagram = vec![0; length];
             datagram[0] = kind;

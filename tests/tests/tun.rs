@@ -461,6 +461,7 @@ fn an_exit_takes_everything_and_after_it_nothing_leaves_until_the_device_is_rele
         }
         assert_eq!([way("192.0.2.1"), way("2001:db8:1::1")], ["eth0"; 2]);
         container.ip("link delete eth0");
+        tailnode_tun::release(container.netns(), "tailscale1", 1).unwrap();
         assert_eq!(scene.state()[3..], before[3..], "no rule is left");
     }
 }

@@ -147,7 +147,7 @@ impl Tunnel {
     }
 
     /// Opens a train of datagrams for the session `index`, as [`Session::open`] does. `take` is told of
-    /// packets, not of keepalives.
+    /// packets, not of keepalives. `false`: there is no such session.
     pub fn open(
         &mut self,
         index: u32,
@@ -155,7 +155,7 @@ impl Tunnel {
         now: Instant,
         plain: &mut [u8],
         mut take: impl FnMut(Range<usize>),
-    ) {
+    ) -> bool {
         let sessions = [&mut self.current, &mut self.next, &mut self.previous];
         let known = sessions
             .into_iter()
@@ -163,7 +163,7 @@ impl Tunnel {
             .find(|session| session.local == index && now < session.since + REJECT_AFTER_TIME);
         let Some(session) = known else {
             trace!(index, "no such session");
-            return;
+            return false;
         };
         let (mut any, mut data) = (false, false);
         session.open(train, size, plain, |range| {
@@ -174,7 +174,7 @@ impl Tunnel {
             }
         });
         if !any {
-            return;
+            return true;
         }
         if let Some(next) = self.next.take_if(|next| next.local == index) {
             self.previous = self.current.replace(next);
@@ -186,6 +186,7 @@ impl Tunnel {
             self.has_received = true;
             self.owed.get_or_insert(now);
         }
+        true
     }
 
     /// Begins a handshake, or repeats the one that is under way.
