@@ -23,6 +23,7 @@ pub const CASES: &[Case] = &[
     ("life.server-restart", WITH_KEYS, server_restart),
     ("life.server-away", ALL, server_away),
     ("life.start-offline", ALL, start_offline),
+    ("life.restarted", ALL, restarted),
     ("life.stream-cut", ALL, stream_cut),
     ("life.stream-garbled", ALL, stream_garbled),
     ("life.stream-stalled", &[C], stream_stalled),
@@ -318,6 +319,19 @@ fn start_offline(server: Server) {
     same_bytes(&web, &gopher, 100_000);
     scene.underlay.hear_servers();
     within(60, "the node is back", || web.state() == "running");
+}
+
+/// Peers have a session with the node as it was; WireGuard would notice after 15 s.
+fn restarted(server: Server) {
+    let scene = Scene::new(server);
+    let (web, gopher) = scene.pair(scene.host(), scene.host());
+    direct(&web, &gopher);
+    same_bytes(&web, &gopher, 1000);
+    let web = web.restarted().unwrap();
+    within(8, "the peer reaches it again", || {
+        passes(&gopher, web.addresses[0])
+    });
+    same_bytes(&web, &gopher, 1000);
 }
 
 fn stream_cut(server: Server) {
