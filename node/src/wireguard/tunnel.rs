@@ -342,7 +342,7 @@ impl Tunnel {
 
 #[cfg(test)]
 mod tests {
-    use boringtun::noise::{Tunn, TunnResult};
+    use boringtun::noise::{Tunn, TunnResult, rate_limiter::RateLimiter};
     use tailnode_wire::keys::{ExportableKey as _, NodeKeyPair};
 
     use super::*;
@@ -657,6 +657,59 @@ mod tests {
         let to_another = stranger.send(b"hello", now).remove(0);
         let heard = called.identity.hear(&to_another, None, now);
         assert!(matches!(heard, Heard::Nothing));
+    }
+
+    #[test]
+    fn cookies_are_boringtuns_too() {
+        let now = Instant::now();
+        let keys = [NodeKeyPair::random(), NodeKeyPair::random()];
+        let mut ours = End {
+            identity: Identity::new(keys[0].clone()),
+            tunnel: Tunnel::new(keys[1].public, 7 << 8, now),
+            got: Vec::new(),
+        };
+        let from = "192.0.2.1".parse().unwrap();
+        let private: boringtun::x25519::StaticSecret =
+            (*keys[1].private.export().as_bytes()).into();
+        let us = (*keys[0].public.export().as_bytes()).into();
+        let busy = RateLimiter::new(&(&private).into(), 0);
+        let mut theirs = Tunn::new(private, us, None, None, 9, Some(busy.into()));
+        let mut buffer = [0; 256];
+        let mut send = |ours: &mut End| {
+            let message = ours.tunnel.initiate(&mut ours.identity, now);
+            match theirs.decapsulate(Some(from), &message, &mut buffer) {
+                TunnResult::WriteToNetwork(bytes) => bytes.to_vec(),
+                other => panic!("{other:?}"),
+            }
+        };
+        let cookie = send(&mut ours);
+        assert_eq!(cookie.len(), COOKIE);
+        ours.receive(&cookie, now);
+        assert_eq!(send(&mut ours).len(), RESPONSE, "they take their cookie");
+
+        // And the other way round.
+        let mut send = |ours: &mut End| {
+            let TunnResult::WriteToNetwork(message) =
+                theirs.format_handshake_initiation(&mut buffer, true)
+            else {
+                panic!("they do not begin");
+            };
+            ours.identity.hear(message, Some(from), now)
+        };
+        let cookie = loop {
+            if let Heard::Cookie(cookie) = send(&mut ours) {
+                break cookie;
+            }
+        };
+        theirs.decapsulate(Some(from), &cookie, &mut [0; 256]);
+        let mut buffer = [0; 256];
+        let TunnResult::WriteToNetwork(message) =
+            theirs.format_handshake_initiation(&mut buffer, true)
+        else {
+            panic!("they do not begin");
+        };
+        let heard = ours.identity.hear(message, Some(from), now);
+        assert!(matches!(heard, Heard::Initiation(_)), "we take ours");
     }
 
     /// Another's implementation is the proof that this is WireGuard.
