@@ -512,7 +512,12 @@ pub fn direct(web: &Ours, gopher: &Gopher) {
 pub fn relayed(web: &Ours, gopher: &Gopher) {
     reach(web, &gopher.addresses[..1]);
     reach(gopher, &web.addresses[..1]);
-    let pong = gopher.ping_once(web.addresses[0]).unwrap();
+    let mut pong = Err("none yet".to_owned());
+    within(PATIENCE, "a ping of theirs is answered", || {
+        pong = gopher.ping_once(web.addresses[0]);
+        pong.is_ok()
+    });
+    let pong = pong.unwrap();
     assert!(pong.contains("via DERP"), "{pong}");
     assert_eq!(web.path_to("gopher"), "relay");
 }
