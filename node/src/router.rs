@@ -835,8 +835,8 @@ impl Router {
             (None, _) => return,
         };
         let peer = &mut self.peers[slot];
-        let has_begun = |tunnel: &Box<Tunnel>| tunnel.is_initiating() || tunnel.age(now).is_some();
-        if !peer.tunnel.as_ref().is_some_and(has_begun) {
+        let has_begun = |tunnel: &Tunnel| tunnel.is_initiating() || tunnel.age(now).is_some();
+        if !peer.tunnel.as_deref().is_some_and(has_begun) {
             debug!(peer = %peer.name, "it goes on with a session from before our start");
             let tunnel = peer.tunnel.get_or_insert_with(|| {
                 self.in_use.insert(slot);
