@@ -46,11 +46,12 @@ pub struct Tunnel {
     macs: Macs,
     /// When the peer's latest handshake was begun, by its clock.
     heard: Timestamp,
-    /// What to seal with; what the peer may still seal with; and what it asked for and has not used
-    /// yet.
+    /// What to seal with, and what the peer may still seal with.
     current: Option<Box<Session>>,
     previous: Option<Box<Session>>,
-    next: Option<Box<Session>>,
+    /// What the peer asked for and has not used yet, the latest at the end. Of a handshake that it
+    /// repeated, it may use the first answer that comes.
+    next: VecDeque<Session>,
     /// Handshakes of ours, the latest at the end.
     sent: VecDeque<(u32, Sent)>,
     attempt: Option<Attempt>,
@@ -95,7 +96,7 @@ impl Tunnel {
             heard: Timestamp::default(),
             current: None,
             previous: None,
-            next: None,
+            next: VecDeque::new(),
             sent: VecDeque::new(),
             attempt: None,
             waiting: VecDeque::new(),
@@ -116,7 +117,7 @@ impl Tunnel {
 
     /// How long ago the youngest session began.
     pub fn age(&self, now: Instant) -> Option<Duration> {
-        let sessions = self.current.iter().chain(&self.next);
+        let sessions = self.current.as_deref().into_iter().chain(&self.next);
         let ages = sessions.map(|session| now.saturating_duration_since(session.since));
         ages.min()
     }
@@ -156,10 +157,10 @@ impl Tunnel {
         plain: &mut [u8],
         mut take: impl FnMut(Range<usize>),
     ) -> bool {
-        let sessions = [&mut self.current, &mut self.next, &mut self.previous];
-        let known = sessions
-            .into_iter()
-            .flatten()
+        let established = [&mut self.current, &mut self.previous];
+        let established = established.into_iter().flatten().map(Box::as_mut);
+        let known = established
+            .chain(&mut self.next)
             .find(|session| session.local == index && now < session.since + REJECT_AFTER_TIME);
         let Some(session) = known else {
             trace!(index, "no such session");
@@ -176,8 +177,9 @@ impl Tunnel {
         if !any {
             return true;
         }
-        if let Some(next) = self.next.take_if(|next| next.local == index) {
-            self.previous = self.current.replace(next);
+        if let Some(at) = self.next.iter().position(|next| next.local == index) {
+            let next = self.next.drain(..=at).next_back().map(Box::new);
+            self.previous = std::mem::replace(&mut self.current, next);
             self.begin_session();
         }
         self.received = Some(now);
@@ -224,8 +226,11 @@ impl Tunnel {
         self.heard = initiation.stamp;
         let (index, remote) = (self.next_index(), initiation.sender);
         let (keys, message) = identity.respond(initiation, index, &mut self.macs, now);
-        self.previous = None;
-        self.next = Some(Box::new(Session::new((index, remote), false, keys, now)));
+        if self.next.len() == SENT {
+            self.next.pop_front();
+        }
+        self.next
+            .push_back(Session::new((index, remote), false, keys, now));
         self.received = Some(now);
         self.unanswered = None;
         Some(message)
@@ -259,9 +264,8 @@ impl Tunnel {
         let remote = u32::from_le_bytes(*remote);
         // What was sent before it is worth nothing any more.
         self.sent.drain(..at);
-        // A session that the peer asked for at the same time is younger than the current one.
-        self.previous = self.next.take().or(self.current.take());
-        self.current = Some(Box::new(Session::new((index, remote), true, keys, now)));
+        let session = Session::new((index, remote), true, keys, now);
+        self.previous = self.current.replace(Box::new(session));
         self.begin_session();
         self.received = Some(now);
         self.unanswered = None;
@@ -277,15 +281,13 @@ impl Tunnel {
     pub fn tick(&mut self, now: Instant) -> Due {
         let is_over = |session: &mut Box<Session>| now >= session.since + REJECT_AFTER_TIME;
         let since = self.current.as_ref().map_or(self.made, |s| s.since);
-        let since = self
-            .next
-            .as_ref()
-            .map_or(since, |next| since.max(next.since));
+        let since = self.next.back().map_or(since, |next| since.max(next.since));
         let silent = self.received.map_or(since, |received| received.max(since));
         if self.attempt.is_none() && now >= silent + 3 * REJECT_AFTER_TIME {
             return Due::Expired;
         }
-        self.next.take_if(is_over);
+        self.next
+            .retain(|next| now < next.since + REJECT_AFTER_TIME);
         self.previous.take_if(is_over);
         if let Some(Attempt { since, repeat }) = self.attempt {
             return if now >= since + REKEY_ATTEMPT_TIME {
@@ -510,6 +512,22 @@ mod tests {
         carry(&mut ends, 0, vec![again], now);
         say(&mut ends, 0, b"more", now);
         assert_eq!(ends[1].got, [&b"hello"[..], b"more"]);
+    }
+
+    #[test]
+    fn the_first_answer_will_do_though_both_initiations_have_arrived() {
+        let now = Instant::now();
+        let mut ends = End::pair(now);
+        let first = ends[0].send(b"hello", now).remove(0);
+        let again = ends[0].tunnel.initiate(&mut ends[0].identity, now);
+        let answers = [first, again.to_vec()].map(|message| ends[1].receive(&message, now));
+        for answer in answers {
+            carry(&mut ends, 1, answer, now);
+        }
+        say(&mut ends, 0, b"more", now);
+        say(&mut ends, 1, b"and back", now);
+        assert_eq!(ends[1].got, [&b"hello"[..], b"more"]);
+        assert_eq!(ends[0].got, [b"and back"]);
     }
 
     #[test]
