@@ -591,8 +591,9 @@ impl Router {
                     }
                     Due::Keepalive => {
                         let range = out.append(&[0; wireguard::OVERHEAD]);
-                        tunnel.seal(&mut out.bytes, std::slice::from_ref(&range), now);
-                        self.send_by(slot, None, range, now, out);
+                        if tunnel.seal(&mut out.bytes, std::slice::from_ref(&range), now) {
+                            self.send_by(slot, None, range, now, out);
+                        }
                     }
                     Due::Expired => {
                         peer.tunnel = None;
@@ -920,10 +921,11 @@ impl Router {
         self.settle(slot, now, out);
     }
 
-    /// The peer's own handshake may have come to its end before ours did.
+    /// The peer's own handshake may have come to its end before ours did, also long after we gave up
+    /// repeating it.
     fn settle(&mut self, slot: usize, now: Instant, out: &mut Out) {
         let peer = &mut self.peers[slot];
-        if peer.retry.is_some() && peer.is_in_session(now) {
+        if peer.is_in_session(now) {
             peer.retry = None;
             self.send_waiting(slot, now, out);
         }
@@ -935,12 +937,15 @@ impl Router {
             return false;
         };
         let waiting = tunnel.take_waiting();
+        if waiting.is_empty() {
+            return false;
+        }
         let mut datagrams = Vec::new();
         for packet in &waiting {
             out.cut(&Burst::whole(packet), |datagram| datagrams.push(datagram));
         }
         self.seal_all(slot, &datagrams, now, out);
-        !datagrams.is_empty()
+        true
     }
 
     /// Repeats a first handshake that has not been answered.
@@ -1029,8 +1034,9 @@ impl Router {
 
     /// Makes datagrams of the packets in them, and sends them.
     fn seal_all(&mut self, slot: usize, datagrams: &[Range<usize>], now: Instant, out: &mut Out) {
-        if let Some(tunnel) = &mut self.peers[slot].tunnel {
-            tunnel.seal(&mut out.bytes, datagrams, now);
+        if let Some(tunnel) = &mut self.peers[slot].tunnel
+            && tunnel.seal(&mut out.bytes, datagrams, now)
+        {
             self.send_all(slot, datagrams.iter().cloned(), now, out);
         }
     }
@@ -1652,33 +1658,38 @@ mod tests {
 
     #[test]
     fn what_waits_for_a_handshake_goes_when_the_peers_own_has_ended() {
-        let mut world = World::new(false, |_| allow_all());
-        let packet = |world: &World, from: usize| {
-            let (src, dst) = (world.hosts[from].ip, world.hosts[1 - from].ip);
-            packet::udp(SocketAddr::new(src, 1), SocketAddr::new(dst, 2), b"hi").unwrap()
-        };
-        let relayed = |world: &mut World, to: usize, out: &Out| {
-            let from = world.hosts[1 - to].keys.node.public;
-            let mut answer = Out::default();
-            for (way, bytes, _) in out.trains(|_| 0) {
-                if matches!(way, To::Relay(..)) {
-                    let router = &mut world.hosts[to].router;
-                    router.on_relay(REGION, &from, bytes, world.now, &mut answer);
+        for gave_up in [false, true] {
+            let mut world = World::new(false, |_| allow_all());
+            let packet = |world: &World, from: usize| {
+                let (src, dst) = (world.hosts[from].ip, world.hosts[1 - from].ip);
+                packet::udp(SocketAddr::new(src, 1), SocketAddr::new(dst, 2), b"hi").unwrap()
+            };
+            let relayed = |world: &mut World, to: usize, out: &Out| {
+                let from = world.hosts[1 - to].keys.node.public;
+                let mut answer = Out::default();
+                for (way, bytes, _) in out.trains(|_| 0) {
+                    if matches!(way, To::Relay(..)) {
+                        let router = &mut world.hosts[to].router;
+                        router.on_relay(REGION, &from, bytes, world.now, &mut answer);
+                    }
                 }
+                answer
+            };
+            let (mut begin, mut lost) = (Out::default(), Out::default());
+            let first = packet(&world, 0);
+            on_tun(&mut world.hosts[0].router, &first, world.now, &mut begin);
+            let response = relayed(&mut world, 1, &begin);
+            // Host 1 has answered, and does not know yet that host 0 has heard it.
+            let second = packet(&world, 1);
+            on_tun(&mut world.hosts[1].router, &second, world.now, &mut lost);
+            if gave_up {
+                world.hosts[1].router.peers[0].retry = None;
             }
-            answer
-        };
-        let (mut begin, mut lost) = (Out::default(), Out::default());
-        let first = packet(&world, 0);
-        on_tun(&mut world.hosts[0].router, &first, world.now, &mut begin);
-        let response = relayed(&mut world, 1, &begin);
-        // Host 1 has answered, and does not know yet that host 0 has heard it.
-        let second = packet(&world, 1);
-        on_tun(&mut world.hosts[1].router, &second, world.now, &mut lost);
-        let confirmed = relayed(&mut world, 0, &response);
-        let waited = relayed(&mut world, 1, &confirmed);
-        let heard = relayed(&mut world, 0, &waited);
-        assert_eq!((waited.tun.len(), heard.tun.len()), (1, 1));
+            let confirmed = relayed(&mut world, 0, &response);
+            let waited = relayed(&mut world, 1, &confirmed);
+            let heard = relayed(&mut world, 0, &waited);
+            assert_eq!((waited.tun.len(), heard.tun.len()), (1, 1));
+        }
     }
 
     #[test]

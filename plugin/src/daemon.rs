@@ -503,6 +503,7 @@ async fn hold(path: &Path, patience: Duration) -> Result<File, Error> {
         match directory.try_lock() {
             Ok(()) => return Ok(directory),
             Err(TryLockError::WouldBlock) if began.elapsed() < patience => {
+                // A lock tells nobody when it is free.
                 tokio::time::sleep(Duration::from_millis(5)).await;
             }
             Err(TryLockError::WouldBlock) => {

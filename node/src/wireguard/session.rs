@@ -167,8 +167,8 @@ impl Key {
                 .seal_in_place_separate_tag(nonce, Aad::empty(), text);
             match sealed {
                 Ok(made) => tag.copy_from_slice(made.as_ref()),
-                // Longer than ring can count (256 GiB); what has no tag opens nowhere.
-                Err(ring::error::Unspecified) => tag.fill(0),
+                // Longer than ring can count (256 GiB): nobody is to read it.
+                Err(ring::error::Unspecified) => packet.fill(0),
             }
         }
     }

@@ -122,10 +122,13 @@ impl Tunnel {
         ages.min()
     }
 
-    /// Makes datagrams of packets, as [`Session::seal`] does. Only when it is ready.
-    pub fn seal(&mut self, bytes: &mut [u8], datagrams: &[Range<usize>], now: Instant) {
-        let Some(session) = &mut self.current else {
-            return;
+    /// Makes datagrams of packets, as [`Session::seal`] does. `false`: it is not ready, and what is
+    /// there is in the clear.
+    #[must_use]
+    pub fn seal(&mut self, bytes: &mut [u8], datagrams: &[Range<usize>], now: Instant) -> bool {
+        let is_ready = self.is_ready(now);
+        let Some(session) = self.current.as_mut().filter(|_| is_ready) else {
+            return false;
         };
         session.seal(bytes, datagrams);
         self.owed = None;
@@ -133,6 +136,7 @@ impl Tunnel {
             self.has_sent = true;
             self.unanswered.get_or_insert(now);
         }
+        true
     }
 
     /// Keeps a packet until [`Tunnel::take_waiting`].
@@ -301,6 +305,10 @@ impl Tunnel {
         }
         if let Some(session) = &self.current {
             let age = now.saturating_duration_since(session.since);
+            if age >= REKEY_TIMEOUT {
+                // No answer is on its way any more, and these are secrets.
+                self.sent.clear();
+            }
             let renew = session.is_initiator
                 && age < REJECT_AFTER_TIME
                 && (self.has_sent
@@ -371,7 +379,7 @@ mod tests {
             let mut bytes = vec![0; OVERHEAD + packet.len()];
             bytes[HEADER..HEADER + packet.len()].copy_from_slice(packet);
             let datagram = 0..bytes.len();
-            self.tunnel.seal(&mut bytes, &[datagram], now);
+            assert!(self.tunnel.seal(&mut bytes, &[datagram], now));
             bytes
         }
 
