@@ -91,9 +91,9 @@ async fn open(device: Arc<Device>, udp: Arc<Udp>) {
     loop {
         udp.readable().await.expect("the socket");
         for _ in 0..TURN {
-            if udp.receive(&mut batch).is_err() {
+            let Ok(more) = udp.receive(&mut batch) else {
                 break;
-            }
+            };
             for (_, train, each) in batch.trains() {
                 for datagram in train.chunks(each) {
                     let Some((head, sealed)) = datagram.split_first_chunk::<HEAD>() else {
@@ -114,6 +114,9 @@ async fn open(device: Arc<Device>, udp: Arc<Udp>) {
             let handed = device.send_all(&mut bytes, &mut packets, &mut joiner);
             handed.expect("the device");
             bytes.clear();
+            if !more {
+                break;
+            }
         }
         tokio::task::yield_now().await;
     }

@@ -575,7 +575,8 @@ impl Session {
         let mut pings = JoinSet::new();
         let mut expires = None;
         loop {
-            while let Some(message) = Frames.decode(&mut buffer).map_err(retry)? {
+            while let Some(packed) = Frames.decode(&mut buffer).map_err(retry)? {
+                let message = packed.read().await.map_err(retry)?;
                 if let Some(ping) = &message.ping_request {
                     self.ping(ping, connection, &mut pings);
                 }

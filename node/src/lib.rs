@@ -5,6 +5,7 @@
 
 mod addresses;
 mod auth_key;
+mod carriers;
 mod clock;
 mod control;
 mod derp;
@@ -29,6 +30,7 @@ mod udp;
 mod wireguard;
 
 pub use auth_key::{AuthKey, BadKey, OauthClient, Secret};
+pub use carriers::Carriers;
 pub use device::Offload;
 pub use dns::Zone;
 pub use neighbours::Neighbours;

@@ -7,6 +7,7 @@ use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     os::fd::OwnedFd,
     path::{Path, PathBuf},
+    pin::pin,
     sync::Arc,
     time::{Duration, Instant, SystemTime},
 };
@@ -19,7 +20,7 @@ use tailnode_wire::{
 };
 use tokio::{
     sync::{mpsc, oneshot, watch},
-    task::JoinHandle,
+    task::{JoinHandle, yield_now},
     time::sleep_until,
 };
 use tracing::{Instrument, debug, info, warn};
@@ -28,6 +29,7 @@ use url::Url;
 use crate::{
     addresses::{Addresses, Watch},
     auth_key::AuthKey,
+    carriers::{Carrier, Carriers},
     clock::{Clock, Latest},
     control, derp,
     device::{Closed, Device, Offload, PACKET_ROOM},
@@ -50,9 +52,9 @@ use crate::{
 const TURN: usize = 64;
 /// Bytes handled before the others have theirs: some 200 µs of encryption, which is what a packet of
 /// another flow may have to wait.
-const TURN_BYTES: usize = 256 * 1024;
+const TURN_BYTES: usize = 512 * 1024;
 /// Bytes collected before they are sent: enough for trains and bursts, and still in the cache.
-const FLUSH: usize = 128 * 1024;
+const FLUSH: usize = 256 * 1024;
 /// How often endpoints are looked up while packets flow; NATs forget after 30 s (RFC 4787).
 const CHECK_BUSY: Duration = Duration::from_secs(25);
 /// How often at most when a path is lost: the NAT may have changed.
@@ -104,6 +106,8 @@ pub struct Config {
     pub offload: Offload,
     /// The other nodes of this process.
     pub neighbours: Neighbours,
+    /// Its threads for packets.
+    pub carriers: Carriers,
 }
 
 /// Who a node is in its tailnet.
@@ -296,15 +300,14 @@ impl Node {
             store.save_keys(&keys)?;
         }
         let saved = store.load_netmap();
-        let device =
-            Device::new(config.tun, config.offload).map_err(kernel("use the TUN device"))?;
-        let udp = Udp::open(
-            usual_port(&keys.disco.public),
-            config.offload != Offload::None,
-        )
-        .map_err(kernel("open a UDP socket"))?;
-        let watch = Watch::open().map_err(kernel("watch the host's addresses"))?;
-
+        let carrier = config
+            .carriers
+            .take()
+            .map_err(kernel("start a thread for packets"))?;
+        let runtime = carrier.runtime.clone();
+        // What waits for packets and messages does so in the carrier's loop: each step of them to another
+        // thread would take longer than what is to be done there.
+        let _entered = runtime.enter();
         let lock = saved
             .as_ref()
             .map(|map| map.lock.clone())
@@ -323,6 +326,7 @@ impl Node {
 
         let plain_http = config.login_server.scheme() == "http";
         let relays = derp::Relays::new(keys.node.clone(), tls.clone(), plain_http, incoming_tx);
+        let port = usual_port(&keys.disco.public);
         let mut router = Router::new(&keys);
         router.prefer(config.routes.clone());
         router.take_queries(config.accept_dns);
@@ -342,6 +346,13 @@ impl Node {
             keys,
             events_tx,
         );
+        // The kernel may be moving the device just now, and makes us wait for the end of that, 15 ms: the
+        // session is under way meanwhile.
+        let device =
+            Device::new(config.tun, config.offload).map_err(kernel("use the TUN device"))?;
+        let udp = Udp::open(port, config.offload != Offload::None)
+            .map_err(kernel("open a UDP socket"))?;
+        let watch = Watch::open().map_err(kernel("watch the host's addresses"))?;
         let zone = Zone::default();
         let resolver = Resolver::new(
             zone.clone(),
@@ -357,6 +368,7 @@ impl Node {
         let mut task = Task {
             hostname: config.hostname.clone(),
             server: config.login_server.clone(),
+            _carrier: carrier,
             presence: config.neighbours.enter(own_key, &door),
             neighbours: config.neighbours,
             door,
@@ -408,7 +420,7 @@ impl Node {
             targets,
             nearest,
         };
-        tokio::spawn(task.run(inputs).instrument(span));
+        runtime.spawn(task.run(inputs).instrument(span));
         Ok(Self {
             commands,
             shared: Arc::new(Shared {
@@ -573,6 +585,8 @@ impl Node {
 struct Task {
     hostname: String,
     server: Url,
+    /// On which it runs.
+    _carrier: Arc<Carrier>,
     door: Arc<Door>,
     neighbours: Neighbours,
     /// By which neighbours find the door; another one with each key.
@@ -635,18 +649,31 @@ fn set(nets: &mut BTreeSet<IpNet>, net: IpNet, is_in: bool) -> bool {
     }
 }
 
+/// After a turn that left something, the loop of the thread looks what else there is to do.
+async fn others_first(more: Result<bool, Closed>) -> Result<(), Closed> {
+    if more? {
+        yield_now().await;
+    }
+    Ok(())
+}
+
 impl Task {
     async fn run(mut self, mut inputs: Inputs) {
         let mut stopped = None;
+        // One timer that is set anew only when the deadline changes: to make one for each packet costs more.
+        let mut timer = pin!(sleep_until(self.deadline().into()));
         let (why, logout) = loop {
             let deadline = self.deadline().into();
+            if timer.deadline() != deadline {
+                timer.as_mut().reset(deadline);
+            }
             let turn = tokio::select! {
                 ready = self.door.device.readable() => match ready {
-                    Ok(()) => self.serve_tun(),
+                    Ok(()) => others_first(self.serve_tun()).await,
                     Err(error) => Err(Closed::Failed(error)),
                 },
                 ready = self.udp.readable() => match ready {
-                    Ok(()) => self.serve_udp(),
+                    Ok(()) => others_first(self.serve_udp()).await,
                     Err(error) => Err(Closed::Failed(error)),
                 },
                 changed = self.watch.changed() => {
@@ -700,7 +727,7 @@ impl Task {
                         break (None, logout);
                     }
                 },
-                () = sleep_until(deadline) => self.tick(),
+                () = &mut timer => self.tick(),
             };
             if let Err(closed) = turn {
                 // Nobody will ask for the logout of a node whose container just died.
@@ -747,7 +774,8 @@ impl Task {
         }
     }
 
-    fn serve_tun(&mut self) -> Result<(), Closed> {
+    /// Takes what the container sends. Returns whether there may be more.
+    fn serve_tun(&mut self) -> Result<bool, Closed> {
         let now = Instant::now();
         self.stir(now);
         SCRATCH.with_borrow_mut(|scratch| {
@@ -758,9 +786,10 @@ impl Task {
                 joiner,
                 ..
             } = scratch;
-            let mut bytes = 0;
+            let (mut bytes, mut more) = (0, true);
             for _ in 0..TURN {
                 let Some((header, packet)) = self.door.device.receive(packet)? else {
+                    more = false;
                     break;
                 };
                 bytes += packet.len();
@@ -779,21 +808,22 @@ impl Task {
                     break;
                 }
             }
-            self.flush(out, joiner)
+            self.flush(out, joiner)?;
+            Ok(more)
         })
     }
 
-    fn serve_udp(&mut self) -> Result<(), Closed> {
+    /// Takes what the network brings. Returns whether there may be more.
+    fn serve_udp(&mut self) -> Result<bool, Closed> {
         let now = Instant::now();
         SCRATCH.with_borrow_mut(|scratch| {
             let Scratch {
                 batch, out, joiner, ..
             } = scratch;
-            let mut bytes = 0;
+            let (mut bytes, mut more) = (0, true);
             for _ in 0..TURN {
                 match self.udp.receive(batch) {
-                    Ok(()) => {}
-                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+                    Ok(left) => more = left,
                     // A pending ICMP error of some address: the datagram it is about is lost.
                     Err(error) => {
                         debug!(%error, "UDP reports an error");
@@ -817,11 +847,12 @@ impl Task {
                         self.flush(out, joiner)?;
                     }
                 }
-                if bytes > TURN_BYTES {
+                if !more || bytes > TURN_BYTES {
                     break;
                 }
             }
-            self.flush(out, joiner)
+            self.flush(out, joiner)?;
+            Ok(more)
         })
     }
 
@@ -1190,9 +1221,13 @@ impl Task {
 
     fn take_changes(&mut self, changes: &Changes, live: bool) {
         let now = Instant::now();
-        let rerouted = self.door.router().update(&self.netmap, changes, now);
-        // Peers may be waited for that can be reached now.
-        self.next_tick = Some(now);
+        let mut router = self.door.router();
+        let rerouted = router.update(&self.netmap, changes, now);
+        if router.waits_for_peers() {
+            // They may be where they can be reached now.
+            self.next_tick = Some(now);
+        }
+        drop(router);
         if changes.derp {
             self.relays.set_map(self.netmap.derp_map.clone());
             self.relays_changed();
@@ -1494,6 +1529,7 @@ mod tests {
             tun,
             offload: Offload::All,
             neighbours: Neighbours::default(),
+            carriers: Carriers::default(),
         };
         (Node::start(config).await.unwrap(), container)
     }

@@ -406,6 +406,16 @@ impl Router {
         }
     }
 
+    /// Whether a handshake of ours has not been answered.
+    pub fn waits_for_peers(&self) -> bool {
+        let mut in_use = self.in_use.iter();
+        in_use.any(|&slot| {
+            self.peers
+                .get(slot)
+                .is_some_and(|peer| peer.retry.is_some())
+        })
+    }
+
     /// Whether an address in use has stopped answering since this was asked last.
     pub fn has_lost_a_path(&mut self) -> bool {
         std::mem::take(&mut self.lost_a_path)

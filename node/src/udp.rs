@@ -115,22 +115,32 @@ impl Udp {
         self.socket.readable().await
     }
 
-    /// Receives what is there into `batch`; `WouldBlock` when there is nothing.
-    pub fn receive(&self, batch: &mut Batch) -> io::Result<()> {
-        batch.filled = 0;
+    /// Receives what is there into `batch`, which may be nothing. Returns whether there may be more.
+    pub fn receive(&self, batch: &mut Batch) -> io::Result<bool> {
         let Batch {
             buffers,
             metas,
             filled,
         } = batch;
+        *filled = 0;
         let mut buffers: Vec<_> = buffers
             .iter_mut()
             .map(|buffer| IoSliceMut::new(buffer))
             .collect();
-        *filled = self.socket.try_io(Interest::READABLE, || {
-            self.state.recv((&self.socket).into(), &mut buffers, metas)
-        })?;
-        Ok(())
+        let received = self.socket.try_io(Interest::READABLE, || {
+            *filled = self
+                .state
+                .recv((&self.socket).into(), &mut buffers, metas)?;
+            // Where it was less than there is room for, asking again would find nothing.
+            match *filled < BUFFERS {
+                true => Err(io::ErrorKind::WouldBlock.into()),
+                false => Ok(()),
+            }
+        });
+        match received {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(false),
+            received => received.map(|()| true),
+        }
     }
 
     /// Sends `contents`, datagrams of `segment` bytes each (the last may be shorter), to one address.

@@ -11,7 +11,9 @@ use std::{
 };
 
 use ipnet::IpNet;
-use tailnode_node::{Login, Neighbours, Node, Offload, RoutePreferences, Secret, Segment, Zone};
+use tailnode_node::{
+    Carriers, Login, Neighbours, Node, Offload, RoutePreferences, Secret, Segment, Zone,
+};
 use tailnode_tun::{Exit, Interface, Netns};
 use tokio::{
     task::{AbortHandle, JoinSet},
@@ -96,6 +98,7 @@ pub(crate) struct Endpoints {
     host: (u64, u64),
     /// All nodes of this daemon.
     neighbours: Neighbours,
+    carriers: Carriers,
     offload: Offload,
     state: Mutex<State>,
 }
@@ -218,6 +221,7 @@ impl Endpoints {
             identities: Identities::new(directory),
             host: Netns::current()?.id(),
             neighbours: Neighbours::default(),
+            carriers: Carriers::default(),
             offload,
             state: Mutex::default(),
         })
@@ -385,6 +389,7 @@ impl Endpoints {
             names_elsewhere,
             offload: self.offload,
             neighbours: self.neighbours.clone(),
+            carriers: self.carriers.clone(),
             tun,
         })
         .await;

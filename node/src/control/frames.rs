@@ -7,6 +7,7 @@ use std::{
 
 use bytes::{Buf, BytesMut};
 use tailnode_wire::tailcfg::MapResponse;
+use tokio::task::spawn_blocking;
 use tokio_util::codec::Decoder;
 use zstd::{
     stream::read::Decoder as Unpacker,
@@ -36,20 +37,48 @@ pub enum Error {
     /// Not the JSON expected.
     #[error("the control server sent a map message that cannot be read: {0}")]
     Json(#[from] serde_json::Error),
-    /// Of the stream below; decoding alone never makes it.
+    /// Of the stream below, or of the thread that was to read.
     #[error(transparent)]
     Io(#[from] io::Error),
 }
 
-/// Reads the messages of a map stream.
+/// Finds the messages of a map stream.
 #[derive(Debug, Default)]
 pub struct Frames;
 
+/// A message as it came.
+#[derive(Debug)]
+pub struct Packed(BytesMut);
+
+impl Packed {
+    /// Reads the message. A long one is read on another thread: packets are waiting for this one.
+    pub async fn read(self) -> Result<MapResponse, Error> {
+        if self.is_short() {
+            return self.open();
+        }
+        let read = spawn_blocking(move || self.open()).await;
+        read.map_err(io::Error::other)?
+    }
+
+    fn open(&self) -> Result<MapResponse, Error> {
+        let json = if self.is_short() {
+            FOR_SHORT.with_borrow_mut(|unpacking| unpack(&self.0, unpacking))?
+        } else {
+            unpack(&self.0, &mut DCtx::create())?
+        };
+        Ok(serde_json::from_slice(&json)?)
+    }
+
+    fn is_short(&self) -> bool {
+        self.0.len() <= SHORT
+    }
+}
+
 impl Decoder for Frames {
-    type Item = MapResponse;
+    type Item = Packed;
     type Error = Error;
 
-    fn decode(&mut self, src: &mut BytesMut) -> Result<Option<MapResponse>, Error> {
+    fn decode(&mut self, src: &mut BytesMut) -> Result<Option<Packed>, Error> {
         let Some(header) = src.first_chunk::<HEADER>() else {
             return Ok(None);
         };
@@ -62,13 +91,7 @@ impl Decoder for Frames {
             return Ok(None);
         }
         src.advance(HEADER);
-        let packed = src.split_to(len);
-        let json = if packed.len() <= SHORT {
-            FOR_SHORT.with_borrow_mut(|unpacking| unpack(&packed, unpacking))?
-        } else {
-            unpack(&packed, &mut DCtx::create())?
-        };
-        Ok(Some(serde_json::from_slice(&json)?))
+        Ok(Some(Packed(src.split_to(len))))
     }
 }
 
@@ -102,28 +125,27 @@ mod tests {
         out
     }
 
+    fn next(src: &mut BytesMut) -> Result<Option<MapResponse>, Error> {
+        Frames.decode(src)?.map(|packed| packed.open()).transpose()
+    }
+
     #[test]
     fn unknown_fields_are_no_harm() {
         let mut src = BytesMut::from(&frame(br#"{"KeepAlive":true,"New":{"In":[1]}}"#)[..]);
-        assert!(Frames.decode(&mut src).unwrap().unwrap().keep_alive);
+        assert!(next(&mut src).unwrap().unwrap().keep_alive);
         assert!(src.is_empty());
     }
 
     #[test]
     fn garbage_is_an_error() {
         for json in [&b"{"[..], b"7", b"{\"Seq\":\"x\"}"] {
-            let error = Frames
-                .decode(&mut BytesMut::from(&frame(json)[..]))
-                .unwrap_err();
+            let error = next(&mut BytesMut::from(&frame(json)[..])).unwrap_err();
             assert!(matches!(error, Error::Json(_)));
         }
         let mut src = BytesMut::from(&b"\x04\0\0\0junk"[..]);
-        assert!(matches!(
-            Frames.decode(&mut src).unwrap_err(),
-            Error::Packed(_)
-        ));
+        assert!(matches!(next(&mut src).unwrap_err(), Error::Packed(_)));
         let mut src = BytesMut::from(&b"\xff\xff\xff\xff"[..]);
-        assert!(matches!(Frames.decode(&mut src).unwrap_err(), Error::Long));
+        assert!(matches!(next(&mut src).unwrap_err(), Error::Long));
     }
 
     #[test]
@@ -131,7 +153,7 @@ mod tests {
         let bomb = frame(&vec![b' '; MAX_MESSAGE + 1]);
         assert!(bomb.len() < 1 << 20);
         assert!(matches!(
-            Frames.decode(&mut BytesMut::from(&bomb[..])).unwrap_err(),
+            next(&mut BytesMut::from(&bomb[..])).unwrap_err(),
             Error::Long
         ));
     }
@@ -148,7 +170,7 @@ mod tests {
             let mut got = Vec::new();
             for part in bytes.chunks(cut) {
                 src.put_slice(part);
-                while let Some(message) = Frames.decode(&mut src).unwrap() {
+                while let Some(message) = next(&mut src).unwrap() {
                     got.push(message.seq);
                 }
             }
@@ -159,7 +181,7 @@ mod tests {
         #[test]
         fn no_bytes_make_it_panic(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
             let mut src = BytesMut::from(&bytes[..]);
-            while let Ok(Some(_)) = Frames.decode(&mut src) {}
+            while let Ok(Some(_)) = next(&mut src) {}
         }
     }
 }
