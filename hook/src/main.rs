@@ -95,7 +95,11 @@ fn give_resolv_conf(config: &mut Config) -> Result<bool, String> {
     let Some(file) = config.give_resolv_conf() else {
         return Ok(false);
     };
-    let made = fs::File::create(&file);
+    // One of an earlier start may be Podman's too.
+    let made = match fs::remove_file(&file) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => fs::File::create(&file),
+    };
     made.map_err(|error| format!("cannot make {}: {error}", file.display()))?;
     Ok(true)
 }
