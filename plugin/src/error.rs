@@ -28,6 +28,13 @@ pub enum Error {
         reason: String,
     },
 
+    /// A user's daemon is in a network that Podman ends before the container.
+    #[error(
+        "tailnoded was started for containers on Podman's networks, and loses its way out with the last \
+         of them: start it by `tailnoded &` before all of them, or stop them first"
+    )]
+    Borrowed,
+
     /// The process that enters a container's namespaces for a daemon that may not, failed.
     #[error("cannot change the container's device from within its namespaces: {cause}")]
     Helper {
