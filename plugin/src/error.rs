@@ -72,7 +72,8 @@ pub enum Error {
     /// Podman's database does not say what a container's networks are.
     #[error(
         "cannot read in Podman's database whether container {container_id} has networks; the log \
-         of tailnoded says more: `journalctl -u tailnoded`"
+         of tailnoded says more: `journalctl {}-u tailnoded`",
+        Owner::here().flag()
     )]
     UnknownNetworks {
         /// Podman's id of it.
