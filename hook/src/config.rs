@@ -44,19 +44,15 @@ impl Config {
 
     /// Whether the engine gives it its networks only when this hook is through.
     pub fn network_comes_later(&self) -> bool {
-        let namespaces = self.at(&["linux", "namespaces"]).and_then(Value::as_array);
-        let of = |kind: &str| {
-            let mut all = namespaces.into_iter().flatten();
-            all.find(|namespace| namespace["type"] == kind)
-        };
-        of("user").is_some() && of("network").is_some_and(|network| network.get("path").is_none())
+        let network = self.namespace("network");
+        self.namespace("user").is_some()
+            && network.is_some_and(|network| network.get("path").is_none())
     }
 
     /// The path of its network namespace, where the engine has made that already.
     pub fn netns(&self) -> Option<&Path> {
-        let mut all = self.at(&["linux", "namespaces"])?.as_array()?.iter();
-        let network = all.find(|namespace| namespace["type"] == "network")?;
-        network.get("path")?.as_str().map(Path::new)
+        let path = self.namespace("network")?.get("path")?;
+        path.as_str().map(Path::new)
     }
 
     /// Our file, if it is what the container has for its /etc/resolv.conf.
@@ -74,13 +70,7 @@ impl Config {
             Some(other) if other.parent() != Some(&directory) => return None,
             _ => {}
         }
-        let mount = MountBuilder::default()
-            .destination(RESOLV_CONF)
-            .typ("bind")
-            .source(&file)
-            .options(["bind".to_owned(), "rprivate".to_owned()])
-            .build();
-        let mount = value(&mount.ok()?).ok()?;
+        let mount = bind(RESOLV_CONF, &file, &["bind", "rprivate"]).ok()?;
         let mounts = self.0.get_mut("mounts")?.as_array_mut()?;
         mounts.retain(|mount| mount["destination"] != RESOLV_CONF);
         mounts.push(mount);
@@ -88,8 +78,8 @@ impl Config {
     }
 
     /// Adds the TUN device, the permission to use it, NET_ADMIN and NET_RAW. Returns whether
-    /// anything was missing.
-    pub fn give_tun(&mut self) -> Result<bool, String> {
+    /// anything was missing. Where the runtime cannot make device nodes, it is the host's.
+    pub fn give_tun(&mut self, makes_devices: bool) -> Result<bool, String> {
         let before = self.0.clone();
         let tun = LinuxDeviceBuilder::default()
             .path(TUN)
@@ -101,13 +91,20 @@ impl Config {
             .gid(0_u32)
             .build()
             .map_err(|error| error.to_string())?;
-        let linux = object(&mut self.0, "linux")?;
-        let devices = array(linux, "devices")?;
-        if !devices.iter().any(|device| device["path"] == TUN) {
-            devices.push(value(&tun)?);
+        if makes_devices && self.namespace("user").is_none() {
+            let devices = array(object(&mut self.0, "linux")?, "devices")?;
+            if !devices.iter().any(|device| device["path"] == TUN) {
+                devices.push(value(&tun)?);
+            }
+        } else if self.source_of(TUN).is_none() {
+            let options = ["bind", "rprivate", "nosuid", "noexec"];
+            array(&mut self.0, "mounts")?.push(bind(TUN, Path::new(TUN), &options)?);
         }
         let rule = value(&LinuxDeviceCgroup::from(&tun))?;
-        let rules = array(object(linux, "resources")?, "devices")?;
+        let rules = array(
+            object(object(&mut self.0, "linux")?, "resources")?,
+            "devices",
+        )?;
         // Of two rules the later one counts.
         if rules.last() != Some(&rule) {
             rules.push(rule);
@@ -154,6 +151,12 @@ impl Config {
         mount.source().clone()
     }
 
+    /// A namespace of this kind that it does not share with the engine.
+    fn namespace(&self, kind: &str) -> Option<&Value> {
+        let mut all = self.at(&["linux", "namespaces"])?.as_array()?.iter();
+        all.find(|namespace| namespace["type"] == kind)
+    }
+
     fn at(&self, path: &[&str]) -> Option<&Value> {
         let (first, rest) = path.split_first()?;
         rest.iter()
@@ -191,6 +194,22 @@ fn array<'a>(parent: &'a mut Map<String, Value>, key: &str) -> Result<&'a mut Ve
     child.ok_or_else(|| format!("`{key}` in the container's configuration is no array"))
 }
 
+/// A file of the host's in the place of one of the container's.
+fn bind(destination: &str, source: &Path, options: &[&str]) -> Result<Value, String> {
+    let mount = MountBuilder::default()
+        .destination(destination)
+        .typ("bind")
+        .source(source)
+        .options(
+            options
+                .iter()
+                .map(|it| (*it).to_owned())
+                .collect::<Vec<_>>(),
+        )
+        .build();
+    value(&mount.map_err(|error| error.to_string())?)
+}
+
 fn value(part: &impl Serialize) -> Result<Value, String> {
     serde_json::to_value(part).map_err(|error| error.to_string())
 }
@@ -226,7 +245,7 @@ mod tests {
     fn a_tunnel_gets_device_permission_and_capabilities_and_the_rest_stays() {
         let before = none();
         let mut edited = config(&before);
-        assert!(edited.give_tun().unwrap());
+        assert!(edited.give_tun(true).unwrap());
         let mut wanted = before.clone();
         let all = json!(["CAP_CHOWN", "CAP_NET_ADMIN", "CAP_NET_RAW"]);
         wanted["process"]["capabilities"] =
@@ -236,8 +255,25 @@ mod tests {
         wanted["linux"]["resources"]["devices"] = json!([{"allow": false, "access": "rwm"},
             {"allow": true, "type": "c", "major": 10, "minor": 200, "access": "rwm"}]);
         assert_eq!(edited, config(&wanted));
-        assert!(!edited.give_tun().unwrap());
+        assert!(!edited.give_tun(true).unwrap());
         assert_eq!(edited, config(&wanted));
+    }
+
+    #[test]
+    fn where_devices_cannot_be_made_the_hosts_is_there() {
+        let before = none();
+        let mut of_a_user = config(&before);
+        assert!(of_a_user.give_tun(false).unwrap());
+        assert_eq!(of_a_user.0["linux"].get("devices"), None);
+        let host = json!({"destination": "/dev/net/tun", "type": "bind", "source": "/dev/net/tun",
+            "options": ["bind", "rprivate", "nosuid", "noexec"]});
+        assert_eq!(of_a_user.0["mounts"][2], host);
+        assert!(!of_a_user.give_tun(false).unwrap());
+        let mut value = before;
+        value["linux"]["namespaces"] = json!([{"type": "user"}]);
+        let mut mapped = config(&value);
+        assert!(mapped.give_tun(true).unwrap());
+        assert_eq!(mapped.0["mounts"][2], host);
     }
 
     #[test]
@@ -247,7 +283,7 @@ mod tests {
         value["process"]["capabilities"] = Value::Null;
         value["linux"]["resources"] = Value::Null;
         let mut edited = config(&value);
-        assert!(edited.give_tun().unwrap());
+        assert!(edited.give_tun(true).unwrap());
         let both = json!(["CAP_NET_ADMIN", "CAP_NET_RAW"]);
         for set in [
             "bounding",
@@ -262,7 +298,7 @@ mod tests {
             json!({"linux": 1}),
             json!({"process": {"capabilities": []}}),
         ] {
-            let refused = config(&bad).give_tun().unwrap_err();
+            let refused = config(&bad).give_tun(true).unwrap_err();
             assert!(refused.contains("is no object"), "{refused}");
         }
     }

@@ -15,27 +15,28 @@ mod wish;
 
 use std::{
     collections::BTreeMap,
-    env, fs,
+    env,
+    ffi::OsString,
+    fs,
     io::{self, Read, Write},
+    os::unix::ffi::{OsStrExt, OsStringExt},
     path::{Path, PathBuf},
     process::ExitCode,
-    time::Duration,
 };
 
 use config::Config;
 use oci_spec::runtime::State;
 use serde::de::DeserializeOwned;
-use tailnode_plugin::{
-    api::{self, Request, Response},
-    shim::{Place, other_version},
-};
+use tailnode_plugin::{api, shim::Place};
 use tailnode_tun::Netns;
 use wish::Wish;
 
 /// What the daemon calls the network of the containers that join so.
 const NETWORK: &str = "annotation";
 
-const QUESTION_TIMEOUT: Duration = Duration::from_secs(2);
+/// In the container's bundle: the socket of the daemon that was asked for its node. Podman runs poststop
+/// without its environment, which says whose daemon that is.
+const ASKED: &str = "tailnode.asked";
 
 const USAGE: &str = "the engine runs this program by itself, as `tailnode-hook precreate`, \
                      `createRuntime` or `poststop`: see /usr/share/containers/oci/hooks.d";
@@ -63,7 +64,7 @@ fn precreate() -> Result<(), String> {
     let annotations = config.annotations()?;
     let edited = match Wish::of(&annotations) {
         Ok(wish) if image::allows(&annotations, config.root()).is_ok() => {
-            let edited = wish.tun && config.give_tun()?;
+            let edited = wish.tun && config.give_tun(has_devices()?)?;
             // On a tailnet already, it keeps what Podman makes.
             let joins = wish.joins && !has_tailnet(config.netns())?;
             let made = joins && give_resolv_conf(&mut config)?;
@@ -78,6 +79,18 @@ fn precreate() -> Result<(), String> {
         .write_all(answer.as_bytes())
         .and_then(|()| stdout.flush())
         .map_err(|error| format!("cannot answer the engine: {error}"))
+}
+
+/// Whether who is root here may make device nodes: not in a user namespace, as with Podman without root.
+fn has_devices() -> Result<bool, String> {
+    let map = fs::read_to_string("/proc/self/uid_map")
+        .map_err(|error| format!("cannot read whose root this is: {error}"))?;
+    Ok(is_of_everybody(&map))
+}
+
+/// Whether a user namespace with this map of users is the host's.
+fn is_of_everybody(map: &str) -> bool {
+    map.split_whitespace().eq(["0", "0", "4294967295"])
 }
 
 /// Whether a device of a tailnet is in the namespace at this path.
@@ -95,7 +108,11 @@ fn give_resolv_conf(config: &mut Config) -> Result<bool, String> {
     let Some(file) = config.give_resolv_conf() else {
         return Ok(false);
     };
-    let made = fs::File::create(&file);
+    // One of an earlier start may be Podman's too.
+    let made = match fs::remove_file(&file) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => fs::File::create(&file),
+    };
     made.map_err(|error| format!("cannot make {}: {error}", file.display()))?;
     Ok(true)
 }
@@ -146,7 +163,7 @@ fn join(
                 .into(),
         );
     }
-    if config.network_comes_later() && engine_connects(state.id())? {
+    if config.network_comes_later() && place.is_connected().map_err(|error| error.to_string())? {
         return Err(
             "it has a user namespace, and so is given its networks too late to tell \
                     whether one is a tailnet: use `--network none`, or `--network NAME` of a \
@@ -155,11 +172,9 @@ fn join(
         );
     }
     let inside = Netns::open(&netns).map_err(|error| error.to_string())?;
-    let map = fs::read_to_string("/proc/self/uid_map")
-        .map_err(|error| format!("cannot read whose root this is: {error}"))?;
-    if !is_of_everybody(&map) {
-        Netns::enter_new().map_err(|error| error.to_string())?;
-    }
+    let asked = state.bundle().join(ASKED);
+    fs::write(&asked, api::socket_path().as_os_str().as_bytes())
+        .map_err(|error| format!("cannot write {}: {error}", asked.display()))?;
     let attached = place.attach(&inside).map_err(|error| error.to_string())?;
     let resolv_conf = config.resolv_conf();
     let written = resolv_conf.map_or(Ok(()), |file| {
@@ -176,34 +191,26 @@ fn join(
     })
 }
 
-/// Whether a user namespace with this map of users is the host's. Who is root of another one, as with
-/// Podman without root, may make no device in the host's network.
-fn is_of_everybody(map: &str) -> bool {
-    map.split_whitespace().eq(["0", "0", "4294967295"])
-}
-
-/// Whether the engine gives the container networks, then or later.
-fn engine_connects(container_id: &str) -> Result<bool, String> {
-    let request = Request::Connects {
-        container_id: container_id.to_owned(),
-    };
-    match api::call(&api::socket_path(), &request, None, QUESTION_TIMEOUT) {
-        Ok(Response::Connects(connects)) => Ok(connects),
-        Ok(_) => Err(other_version().to_string()),
-        Err(error) => Err(error.to_string()),
-    }
-}
-
 /// The engine asks for this after a start that failed, too: there is nothing to fail for.
 fn post_stop() -> Result<(), String> {
     let state: State = input()?;
-    let annotations = annotations(&state);
-    if wish::is_any(&annotations)
-        && let Err(error) = place(&state, &annotations).detach()
-    {
-        eprintln!("tailnode-hook: container {}: {error}", short(state.id()));
+    if let Err(message) = end(&state) {
+        eprintln!("tailnode-hook: container {}: {message}", short(state.id()));
     }
     Ok(())
+}
+
+fn end(state: &State) -> Result<(), String> {
+    let asked = state.bundle().join(ASKED);
+    let failed = |what, error| format!("cannot {what} {}: {error}", asked.display());
+    let socket = match fs::read(&asked) {
+        Ok(socket) => PathBuf::from(OsString::from_vec(socket)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(failed("read", error)),
+    };
+    fs::remove_file(&asked).map_err(|error| failed("remove", error))?;
+    let detached = place(state, &BTreeMap::new()).detach_from(&socket);
+    detached.map_err(|error| error.to_string())
 }
 
 /// Whether a device of a tailnet is in the namespace of this process.

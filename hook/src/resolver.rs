@@ -6,8 +6,11 @@ use std::{env, fs, io, net::IpAddr, path::Path};
 /// first line has the addresses to listen at, the others begin with the ids of containers.
 const NETWORKS: &str = "containers/networks/aardvark-dns";
 
+/// Podman's own, beside ours. It writes that when the hooks are through, in place.
+const PODMANS: &str = "resolv.conf";
+
 /// Writes the file for this container: the node's resolver and search domains, then the servers of
-/// the bridges that it is on. Where neither is to be asked, it has the host's.
+/// the bridges that it is on. Where the node's is not to be asked, it is what Podman makes of it.
 pub fn write(
     file: &Path,
     container_id: &str,
@@ -16,14 +19,27 @@ pub fn write(
 ) -> Result<(), String> {
     let run = env::var_os("XDG_RUNTIME_DIR").filter(|run| !run.is_empty());
     let networks = Path::new(run.as_deref().unwrap_or("/run".as_ref())).join(NETWORKS);
-    let write = || {
-        let mut text = of_bridges(&networks, container_id)?;
-        if text.is_empty() && servers.is_empty() {
-            text = fs::read_to_string("/etc/resolv.conf")?;
+    let write = || match servers {
+        [] => leave_to_podman(file),
+        _ => {
+            let text = of_bridges(&networks, container_id)?;
+            fs::write(file, with(&text, servers, domains))
         }
-        fs::write(file, with(&text, servers, domains))
     };
     write().map_err(|error| format!("cannot write {}: {error}", file.display()))
+}
+
+/// What Podman will write is in our file too, which may be in the container already. Where it makes
+/// none, as for a container without a network, ours has what the host's has.
+fn leave_to_podman(file: &Path) -> io::Result<()> {
+    let podmans = file.with_file_name(PODMANS);
+    match fs::remove_file(&podmans) {
+        Ok(()) => fs::hard_link(file, podmans),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            fs::write(file, fs::read("/etc/resolv.conf")?)
+        }
+        Err(error) => Err(error),
+    }
 }
 
 /// The servers that know the containers on its bridges.
@@ -105,6 +121,18 @@ mod tests {
         // A container that is started again.
         assert_eq!(with(both, &servers, &domains), both);
         assert_eq!(with("", &servers, &[]), "nameserver 100.100.100.100\n");
+    }
+
+    #[test]
+    fn what_podman_writes_later_is_in_our_file() {
+        let directory = tempfile::tempdir().unwrap();
+        let at = |name| directory.path().join(name);
+        let ours = at("resolv.conf.tailnode");
+        fs::write(&ours, "").unwrap();
+        fs::write(at("resolv.conf"), "").unwrap();
+        write(&ours, "c1", &[], &[]).unwrap();
+        fs::write(at("resolv.conf"), "nameserver 169.254.1.1\n").unwrap();
+        assert_eq!(fs::read(&ours).unwrap(), b"nameserver 169.254.1.1\n");
     }
 
     #[test]

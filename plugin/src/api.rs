@@ -101,7 +101,7 @@ pub enum Request {
         /// The attachments that are owned: container ids, with their network ids.
         owned: Vec<(String, String)>,
     },
-    /// Whether Podman connects this container to anything. Answered with [`Response::Connects`].
+    /// Whether Podman connects this container to networks. Answered with [`Response::Connects`].
     Connects {
         /// Podman's id of the container.
         container_id: String,

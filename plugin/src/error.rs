@@ -28,6 +28,13 @@ pub enum Error {
         reason: String,
     },
 
+    /// A user's daemon is in a network that Podman ends before the container.
+    #[error(
+        "tailnoded was started for containers on Podman's networks, and loses its way out with the last \
+         of them: start it by `tailnoded &` before all of them, or stop them first"
+    )]
+    Borrowed,
+
     /// The process that enters a container's namespaces for a daemon that may not, failed.
     #[error("cannot change the container's device from within its namespaces: {cause}")]
     Helper {
@@ -65,7 +72,8 @@ pub enum Error {
     /// Podman's database does not say what a container's networks are.
     #[error(
         "cannot read in Podman's database whether container {container_id} has networks; the log \
-         of tailnoded says more: `journalctl -u tailnoded`"
+         of tailnoded says more: `journalctl {}-u tailnoded`",
+        Owner::here().flag()
     )]
     UnknownNetworks {
         /// Podman's id of it.

@@ -1,16 +1,17 @@
 //! Starting a user's daemon where no systemd does it.
 //!
 //! Podman runs its plugins in a network namespace of the user's own, out of which no user gets back to
-//! the host's. So a daemon that is started here lives in there and reaches the world as the user's
+//! the host's. So a daemon that a plugin starts lives in there and reaches the world as the user's
 //! containers do, by pasta. It ends with its last node, since Podman ends that namespace with the last
-//! container; one that somebody starts on the host's side is found first.
+//! container of a network; one that somebody starts on the host's side is found first. Podman's hooks
+//! run there, and so does a daemon that one of them starts.
 
 use std::{
-    env, fs,
+    env,
     fs::{DirBuilder, File, OpenOptions},
     io::{self, Read, Seek, SeekFrom},
     os::unix::{
-        fs::{DirBuilderExt, MetadataExt, OpenOptionsExt},
+        fs::{DirBuilderExt, OpenOptionsExt},
         net::UnixStream,
     },
     path::{Path, PathBuf},
@@ -23,6 +24,8 @@ use rustix::{
     net::sockopt::socket_peercred,
     process::{Pid, Signal, kill_process},
 };
+
+use tailnode_tun::Netns;
 
 use crate::{Error, api::SOCKET_NAME, owner::Owner};
 
@@ -44,15 +47,18 @@ pub(crate) fn ensure(socket: &Path) -> Result<(), Error> {
     let mut started: Option<(Child, PathBuf)> = None;
     let mut ended = false;
     loop {
-        match (peer(socket), &mut started) {
-            (Some(earlier), _) if is_elsewhere(earlier) => {
+        let found = peer(socket).map(|daemon| (daemon, Home::of(daemon)));
+        match (&found, &mut started) {
+            (Some((_, Home::Lasting)), _) => return Ok(()),
+            (Some((earlier, Home::Ended)), _) => {
                 // It would end by itself a little later. A new one waits until it has.
-                if !ended && let Err(error) = kill_process(earlier, Signal::TERM) {
+                if !ended && let Err(error) = kill_process(*earlier, Signal::TERM) {
                     eprintln!("tailscale: cannot end an earlier tailnoded: {error}");
                 }
                 ended = true;
             }
-            (Some(_), _) => return Ok(()),
+            // It may be ending, with its last node.
+            (Some((_, Home::Borrowed)), _) => {}
             (None, None) => started = Some(start(&owner)?),
             (None, Some((child, log))) => {
                 if let Ok(Some(_)) = child.try_wait() {
@@ -61,9 +67,10 @@ pub(crate) fn ensure(socket: &Path) -> Result<(), Error> {
             }
         }
         if Instant::now() >= deadline {
-            return Err(match started {
-                Some((_, log)) => unstarted(&log),
-                None => Error::NotRunning {
+            return Err(match (found, started) {
+                (Some((_, Home::Borrowed)), _) => Error::Borrowed,
+                (_, Some((_, log))) => unstarted(&log),
+                (_, None) => Error::NotRunning {
                     socket: socket.to_owned(),
                 },
             });
@@ -78,15 +85,32 @@ fn peer(socket: &Path) -> Option<Pid> {
     Some(socket_peercred(&stream).ok()?.pid)
 }
 
-/// Whether a daemon was started in an earlier namespace of Podman's, whose way out has ended.
-fn is_elsewhere(daemon: Pid) -> bool {
-    let namespace = |process: &str, kind: &str| {
-        let file = fs::metadata(format!("/proc/{process}/ns/{kind}")).ok()?;
-        Some((file.dev(), file.ino()))
-    };
-    let daemon = daemon.as_raw_nonzero().to_string();
-    let same = |kind| Some(namespace(&daemon, kind)? == namespace("self", kind)?);
-    same("user") == Some(true) && same("net") == Some(false)
+/// How long a daemon has a way out.
+enum Home {
+    /// As long as it runs.
+    Lasting,
+    /// Podman has ended the network that it was started in, and made another, which this process is in.
+    Ended,
+    /// As long as Podman needs the network that it was started in, which is not that of this process.
+    Borrowed,
+}
+
+impl Home {
+    fn of(daemon: Pid) -> Home {
+        let daemon = format!("/proc/{}/ns/net", daemon.as_raw_nonzero());
+        let (Ok(daemon), Ok(here)) = (Netns::open(daemon), Netns::current()) else {
+            // The kernel shows it to nobody in a user namespace if it is in none itself.
+            return Home::Lasting;
+        };
+        // Of networks that are not the host's there are only Podman's.
+        let is_podmans = |netns: &Netns| netns.is_ours().unwrap_or(false);
+        match (is_podmans(&daemon), is_podmans(&here)) {
+            _ if daemon.id() == here.id() => Home::Lasting,
+            (false, _) => Home::Lasting,
+            (true, true) => Home::Ended,
+            (true, false) => Home::Borrowed,
+        }
+    }
 }
 
 fn start(owner: &Owner) -> Result<(Child, PathBuf), Error> {
@@ -115,13 +139,14 @@ fn start(owner: &Owner) -> Result<(Child, PathBuf), Error> {
 /// The daemon that was installed with this program, else the one that is found first.
 fn program() -> PathBuf {
     let installed = env::current_exe().ok().and_then(|this| {
-        // PREFIX/libexec/netavark/tailscale
-        let prefix = this.ancestors().nth(3)?;
-        Some(prefix.join("bin/tailnoded"))
+        // PREFIX/libexec/netavark/tailscale or PREFIX/libexec/tailnode-hook
+        let mut prefixes = this.ancestors().skip(2).take(2);
+        prefixes.find_map(|prefix| {
+            let program = prefix.join("bin/tailnoded");
+            program.exists().then_some(program)
+        })
     });
-    installed
-        .filter(|program| program.exists())
-        .unwrap_or_else(|| "tailnoded".into())
+    installed.unwrap_or_else(|| "tailnoded".into())
 }
 
 fn open_log(path: &Path) -> io::Result<File> {

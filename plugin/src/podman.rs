@@ -31,6 +31,9 @@ struct ContainerConfig {
     /// Whether Podman makes it a network namespace that is connected to something.
     #[serde(default, rename = "createNetNS")]
     connects: Option<bool>,
+    /// By what.
+    #[serde(default, rename = "networkMode")]
+    mode: Option<String>,
 }
 
 /// The part of the OCI configuration in it.
@@ -99,10 +102,14 @@ pub(crate) fn marks(database: &Path, container_id: &str) -> Marks {
     })
 }
 
-/// Whether Podman connects the container to anything; `None` when that cannot be read. Blocks for at
-/// most a quarter of a second.
+/// Whether Podman connects the container to networks; `None` when that cannot be read. What leads to
+/// the host alone is none. Blocks for at most a quarter of a second.
 pub(crate) fn connects(database: &Path, container_id: &str) -> Option<bool> {
-    let read = |podman: Connection| Ok(config(&podman, container_id)?.connects);
+    let read = |podman: Connection| {
+        let config = config(&podman, container_id)?;
+        let is_alone = matches!(config.mode.as_deref(), Some("pasta" | "slirp4netns"));
+        Ok(config.connects.map(|connects| connects && !is_alone))
+    };
     look(database, read).unwrap_or_else(|error| {
         tracing::warn!(
             container_id,
@@ -246,7 +253,9 @@ mod tests {
                     ('c1', 'web', NULL, CAST('{"id":"c1","createNetNS":true,"labels":{"tailscale.hostname":"www"},"spec":
                         {"annotations":{"a":"b"},"process":{"env":["PATH=/bin","TS_HOSTNAME=a=b","odd"]}}}' AS BLOB)),
                     ('c2', 'bare', NULL, CAST('{"id":"c2","createNetNS":false}' AS BLOB)),
-                    ('c3', 'odd', NULL, '[]');"#,
+                    ('c3', 'odd', NULL, '[]'),
+                    ('c5', 'pasta', NULL, CAST('{"id":"c5","createNetNS":true,"networkMode":"pasta"}' AS BLOB)),
+                    ('c6', 'lan', NULL, CAST('{"id":"c6","createNetNS":true,"networkMode":"bridge"}' AS BLOB));"#,
             )
             .unwrap();
         let pair = |key: &str, value: &str| (key.to_owned(), value.to_owned());
@@ -258,7 +267,7 @@ mod tests {
                 environment: [pair("PATH", "/bin"), pair("TS_HOSTNAME", "a=b")].into(),
             }
         );
-        let all = ["web", "bare", "odd"].map(String::from);
+        let all = ["web", "bare", "odd", "pasta", "lan"].map(String::from);
         assert_eq!(names(&path), Some(all.into()));
         assert_eq!(name(&path, "c1").as_deref(), Some("web"));
         assert_eq!(name(&path, "c4"), None);
@@ -267,6 +276,8 @@ mod tests {
             ("c2", Some(false)),
             ("c3", None),
             ("c4", None),
+            ("c5", Some(false)),
+            ("c6", Some(true)),
         ] {
             assert_eq!(connects(&path, id), expected, "{id}");
         }

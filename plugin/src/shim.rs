@@ -5,6 +5,7 @@ use std::{
     collections::BTreeMap,
     net::IpAddr,
     os::fd::{AsFd, BorrowedFd},
+    path::Path,
     process,
     time::Duration,
 };
@@ -23,6 +24,7 @@ use crate::{
 /// for this one, so 10 s is all that a start may take.
 const ATTACH_TIMEOUT: Duration = Duration::from_millis(8_600);
 const DETACH_TIMEOUT: Duration = Duration::from_secs(6);
+const QUESTION_TIMEOUT: Duration = Duration::from_secs(2);
 const CLEAN_UP_TIMEOUT: Duration = Duration::from_millis(500);
 
 /// A container's place on a network.
@@ -65,6 +67,14 @@ pub struct Attached {
 impl Place {
     /// Gives the container in this namespace its node. When this fails, nothing stays behind.
     pub fn attach(&self, netns: &Netns) -> Result<Attached, Box<Error>> {
+        // First, because a daemon that is started stays in the network that this process is in.
+        on_demand::ensure(&api::socket_path())?;
+        if !Netns::current()
+            .and_then(|here| here.is_ours())
+            .map_err(failed)?
+        {
+            Netns::enter_new().map_err(failed)?;
+        }
         // Made here and moved, never made inside: a device made inside would keep the namespace
         // alive after the container.
         let made = format!("tn{}", process::id());
@@ -83,7 +93,10 @@ impl Place {
             // An answer that came too late, or was of no use, may have left a node behind; and a
             // daemon that hangs keeps the device, so to close our descriptor may not be enough.
             let removed = name.map_or(Ok(()), |name| tailnode_tun::remove(netns, &name));
-            match removed.map_err(failed).and(self.end(CLEAN_UP_TIMEOUT)) {
+            match removed
+                .map_err(failed)
+                .and(self.end(&api::socket_path(), CLEAN_UP_TIMEOUT))
+            {
                 Ok(()) => error,
                 // Why there is no daemon has been said.
                 Err(also) if also.to_string() == error.to_string() => error,
@@ -94,7 +107,25 @@ impl Place {
 
     /// Stops the container's node, if it has one.
     pub fn detach(&self) -> Result<(), Box<Error>> {
-        self.end(DETACH_TIMEOUT)
+        self.detach_from(&api::socket_path())
+    }
+
+    /// The same of the daemon at this socket.
+    pub fn detach_from(&self, socket: &Path) -> Result<(), Box<Error>> {
+        self.end(socket, DETACH_TIMEOUT)
+    }
+
+    /// Whether Podman connects the container to networks, be it later.
+    pub fn is_connected(&self) -> Result<bool, Box<Error>> {
+        let request = Request::Connects {
+            container_id: self.container_id.clone(),
+        };
+        let socket = api::socket_path();
+        on_demand::ensure(&socket)?;
+        match api::call(&socket, &request, None, QUESTION_TIMEOUT)? {
+            Response::Connects(connects) => Ok(connects),
+            _ => Err(other_version()),
+        }
     }
 
     fn ask(&self, tun: BorrowedFd) -> Result<Asked, Box<Error>> {
@@ -109,18 +140,21 @@ impl Place {
             endpoint_options: place.endpoint_options,
             annotations: place.annotations,
         };
-        let socket = api::socket_path();
-        on_demand::ensure(&socket)?;
-        Ok(api::ask(&socket, &request, Some(tun), ATTACH_TIMEOUT)?)
+        Ok(api::ask(
+            &api::socket_path(),
+            &request,
+            Some(tun),
+            ATTACH_TIMEOUT,
+        )?)
     }
 
-    fn end(&self, timeout: Duration) -> Result<(), Box<Error>> {
+    fn end(&self, socket: &Path, timeout: Duration) -> Result<(), Box<Error>> {
         let request = Request::Detach {
             engine: self.engine,
             container_id: self.container_id.clone(),
             network_id: self.network_id.clone(),
         };
-        match api::call(&api::socket_path(), &request, None, timeout)? {
+        match api::call(socket, &request, None, timeout)? {
             Response::Ok => Ok(()),
             _ => Err(other_version()),
         }

@@ -81,6 +81,16 @@ impl Netns {
         self.id
     }
 
+    /// Whether it belongs to the caller's user namespace or to one below, so that root there may make
+    /// devices in it. The host's does not for who is root of another user namespace only.
+    pub fn is_ours(&self) -> Result<bool, Error> {
+        match ioctl::owner(self.as_fd()) {
+            Ok(_) => Ok(true),
+            Err(cause) if cause.kind() == io::ErrorKind::PermissionDenied => Ok(false),
+            Err(cause) => Err(self.error(cause)),
+        }
+    }
+
     /// Runs `f` in the namespace, on a thread of its own: the caller's never changes place.
     pub fn run<T: Send>(&self, f: impl FnOnce() -> T + Send) -> Result<T, Error> {
         thread::scope(|scope| {
