@@ -61,10 +61,10 @@ pub struct Known(Arc<Mutex<HashMap<NodePublicKey, Weak<Node>>>>);
 
 impl Known {
     /// The peer, as another node knows it or as it is.
-    fn share(&self, peer: Node) -> Arc<Node> {
+    fn share(&self, peer: Arc<Node>) -> Arc<Node> {
         let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(shared) = known.get(&peer.key).and_then(Weak::upgrade)
-            && *shared == peer
+            && shared == peer
         {
             return shared;
         }
@@ -72,16 +72,14 @@ impl Known {
         if known.len() == known.capacity() && !known.contains_key(&peer.key) {
             known.retain(|_, peer| peer.strong_count() > 0);
         }
-        let shared = Arc::new(peer);
-        known.insert(shared.key, Arc::downgrade(&shared));
-        shared
+        known.insert(peer.key, Arc::downgrade(&peer));
+        peer
     }
 
     /// The same after a change.
     fn edit(&self, peer: &mut Arc<Node>, edit: impl FnOnce(&mut Node)) {
-        let mut edited = Node::clone(peer);
-        edit(&mut edited);
-        *peer = self.share(edited);
+        edit(Arc::make_mut(peer));
+        *peer = self.share(peer.clone());
     }
 }
 
@@ -178,9 +176,7 @@ impl Netmap {
     /// Has its peers in memory once with all maps that do the same.
     pub fn share(&mut self, known: Known) {
         let peers = mem::take(&mut self.peers).into_iter();
-        self.peers = peers
-            .map(|(id, peer)| (id, known.share(Arc::unwrap_or_clone(peer))))
-            .collect();
+        self.peers = peers.map(|(id, peer)| (id, known.share(peer))).collect();
         self.known = known;
     }
 
@@ -439,7 +435,7 @@ impl Netmap {
                  it is not reachable"
             );
         }
-        self.peers.insert(id, self.known.share(peer));
+        self.peers.insert(id, self.known.share(Arc::new(peer)));
         true
     }
 

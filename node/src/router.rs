@@ -708,8 +708,14 @@ impl Router {
             // Now it may be where it could not be reached a moment ago.
             *at = now;
         }
-        peer.name = node.name.trim_end_matches('.').to_owned();
-        peer.addresses = node.addresses.iter().map(IpNet::addr).collect();
+        let name = node.name.trim_end_matches('.');
+        if peer.name != name {
+            peer.name = name.to_owned();
+        }
+        let addresses = node.addresses.iter().map(IpNet::addr);
+        if !addresses.clone().eq(peer.addresses.iter().copied()) {
+            peer.addresses = addresses.collect();
+        }
         peer.online = node.online;
         peer.jailed = node.is_jailed;
         peer.home = node.derp_region();

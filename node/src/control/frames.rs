@@ -11,7 +11,7 @@ use tokio::task::spawn_blocking;
 use tokio_util::codec::Decoder;
 use zstd::{
     stream::read::Decoder as Unpacker,
-    zstd_safe::{DCtx, ResetDirective, get_error_name},
+    zstd_safe::{DCtx, ResetDirective, get_error_name, get_frame_content_size},
 };
 
 /// Largest message, packed or not: about 30,000 peers with all their details.
@@ -100,7 +100,10 @@ fn unpack(packed: &[u8], unpacking: &mut DCtx<'static>) -> Result<Vec<u8>, Error
     unpacking
         .reset(ResetDirective::SessionOnly)
         .map_err(|code| Error::Packed(io::Error::other(get_error_name(code))))?;
-    let mut json = Vec::new();
+    // As much as the message promises, but no more than is harmless: what has room at once is unpacked at
+    // once.
+    let promised = get_frame_content_size(packed).ok().flatten().unwrap_or(0);
+    let mut json = Vec::with_capacity(promised.min(4 * SHORT as u64) as usize);
     Unpacker::with_context(packed, unpacking)
         .take(MAX_MESSAGE as u64 + 1)
         .read_to_end(&mut json)

@@ -101,6 +101,10 @@ impl Zone {
     /// Takes a peer that came or changed, or forgets one that is gone.
     pub fn update(&self, id: NodeId, node: Option<&Node>) {
         let mut names = self.write();
+        // Most changes are of a peer's whereabouts.
+        if node.is_some_and(|node| names.has(node)) {
+            return;
+        }
         names.remove(id);
         if let Some(node) = node {
             names.insert(node);
@@ -187,6 +191,17 @@ struct Host {
 }
 
 impl Names {
+    /// Whether the node has the names that it had.
+    fn has(&self, node: &Node) -> bool {
+        let addresses = node.addresses.iter().map(IpNet::addr);
+        self.nodes.get(&node.id).is_some_and(|host| {
+            host.name.eq_ignore_ascii_case(bare(&node.name))
+                && host.addresses.iter().copied().eq(addresses)
+                && host.subdomains == node.cap_map.contains_key(SUBDOMAINS)
+                && self.by_name.get(&host.name) == Some(&node.id)
+        })
+    }
+
     fn insert(&mut self, node: &Node) {
         if node.name.is_empty() {
             return;
@@ -379,7 +394,11 @@ impl Names {
 
 /// A name as the maps here have it.
 fn key(name: &str) -> String {
-    name.trim_end_matches('.').to_ascii_lowercase()
+    bare(name).to_ascii_lowercase()
+}
+
+fn bare(name: &str) -> &str {
+    name.trim_end_matches('.')
 }
 
 /// The name, its parent and so on, up to the root, which is empty.
