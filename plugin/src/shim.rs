@@ -7,7 +7,7 @@ use std::{
     os::fd::{AsFd, BorrowedFd},
     path::Path,
     process,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use tailnode_tun::{Interface, Netns};
@@ -21,7 +21,7 @@ use crate::{
 };
 
 /// The daemon answers an attach within 8 s, with an error if it must. Podman's other starts may wait
-/// for this one, so 10 s is all that a start may take.
+/// for this one, so 10 s is all that a start may take, with that of the daemon.
 const ATTACH_TIMEOUT: Duration = Duration::from_millis(8_600);
 const DETACH_TIMEOUT: Duration = Duration::from_secs(6);
 const QUESTION_TIMEOUT: Duration = Duration::from_secs(2);
@@ -67,6 +67,7 @@ pub struct Attached {
 impl Place {
     /// Gives the container in this namespace its node. When this fails, nothing stays behind.
     pub fn attach(&self, netns: &Netns) -> Result<Attached, Box<Error>> {
+        let begun = Instant::now();
         // First, because a daemon that is started stays in the network that this process is in.
         on_demand::ensure(&api::socket_path())?;
         if !Netns::current()
@@ -80,7 +81,8 @@ impl Place {
         let made = format!("tn{}", process::id());
         let tun = tailnode_tun::create(&made).map_err(failed)?;
         // The kernel takes its time to move a device; the daemon starts the node meanwhile.
-        let asked = self.ask(tun.as_fd())?;
+        let left = ATTACH_TIMEOUT.saturating_sub(begun.elapsed());
+        let asked = self.ask(tun.as_fd(), left)?;
         let moved = match &self.device {
             None => tailnode_tun::move_into(&made, netns, PREFIX),
             Some(name) => tailnode_tun::move_as(&made, netns, name).map(|()| name.clone()),
@@ -128,7 +130,7 @@ impl Place {
         }
     }
 
-    fn ask(&self, tun: BorrowedFd) -> Result<Asked, Box<Error>> {
+    fn ask(&self, tun: BorrowedFd, timeout: Duration) -> Result<Asked, Box<Error>> {
         let place = self.clone();
         let request = Request::Attach {
             engine: place.engine,
@@ -140,12 +142,7 @@ impl Place {
             endpoint_options: place.endpoint_options,
             annotations: place.annotations,
         };
-        Ok(api::ask(
-            &api::socket_path(),
-            &request,
-            Some(tun),
-            ATTACH_TIMEOUT,
-        )?)
+        Ok(api::ask(&api::socket_path(), &request, Some(tun), timeout)?)
     }
 
     fn end(&self, socket: &Path, timeout: Duration) -> Result<(), Box<Error>> {
