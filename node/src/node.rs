@@ -20,7 +20,7 @@ use tailnode_wire::{
 };
 use tokio::{
     sync::{mpsc, oneshot, watch},
-    task::{JoinHandle, yield_now},
+    task::{JoinHandle, spawn_blocking, yield_now},
     time::sleep_until,
 };
 use tracing::{Instrument, debug, info, warn};
@@ -304,10 +304,9 @@ impl Node {
             .carriers
             .take()
             .map_err(kernel("start a thread for packets"))?;
-        let runtime = carrier.runtime.clone();
         // What waits for packets and messages does so in the carrier's loop: each step of them to another
         // thread would take longer than what is to be done there.
-        let _entered = runtime.enter();
+        let runtime = carrier.runtime.clone();
         let lock = saved
             .as_ref()
             .map(|map| map.lock.clone())
@@ -325,6 +324,7 @@ impl Node {
             .is_some_and(|map| !map.myself.addresses.is_empty());
 
         let plain_http = config.login_server.scheme() == "http";
+        let entered = runtime.enter();
         let relays = derp::Relays::new(keys.node.clone(), tls.clone(), plain_http, incoming_tx);
         let port = usual_port(&keys.disco.public);
         let mut router = Router::new(&keys);
@@ -346,10 +346,17 @@ impl Node {
             keys,
             events_tx,
         );
-        // The kernel may be moving the device just now, and makes us wait for the end of that, 15 ms: the
-        // session is under way meanwhile.
-        let device =
-            Device::new(config.tun, config.offload).map_err(kernel("use the TUN device"))?;
+        drop(entered);
+        // The kernel may be moving the device just now, and makes whoever would change it wait for the
+        // end of that, 15 ms: the session is under way meanwhile.
+        let its_loop = runtime.clone();
+        let device = spawn_blocking(move || {
+            let _entered = its_loop.enter();
+            Device::new(config.tun, config.offload)
+        });
+        let device = device.await.map_err(io::Error::other).flatten();
+        let device = device.map_err(kernel("use the TUN device"))?;
+        let _entered = runtime.enter();
         let udp = Udp::open(port, config.offload != Offload::None)
             .map_err(kernel("open a UDP socket"))?;
         let watch = Watch::open().map_err(kernel("watch the host's addresses"))?;
@@ -755,7 +762,7 @@ impl Task {
         // First what others see: the logout may take seconds.
         drop((presence, segment, udp, relays));
         // The kernel takes some 20 ms to end a device, in which other nodes want this thread.
-        let closed = tokio::task::spawn_blocking(move || drop(door));
+        let closed = spawn_blocking(move || drop(door));
         if logout && let Some(session) = session {
             // It logs its own failure, and nobody is there to hear of it.
             let _ = session.logout(LOGOUT).await;
@@ -1345,7 +1352,7 @@ impl Task {
                     warn!(%error, "cannot keep until when the node ran: should the clock be set back, peers would not take its handshakes");
                 }
             };
-            if let Err(error) = tokio::task::spawn_blocking(write).await {
+            if let Err(error) = spawn_blocking(write).await {
                 warn!(%error, "cannot keep the node's state");
             }
         }));
