@@ -36,7 +36,9 @@ fn main() -> anyhow::Result<ExitCode> {
         Some(_) => log.without_time().init(),
         None => log.init(),
     }
+    // For requests; packets have threads of their own.
     tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
         .enable_all()
         .build()
         .context("cannot start the runtime")?
