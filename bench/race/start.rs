@@ -29,7 +29,7 @@ const REST: Duration = Duration::from_millis(500);
 /// Containers that the tailnet does not know, and each of them once more.
 pub fn until_first_byte(_: &Plan, contender: Contender, report: &mut Report) {
     let underlay = Underlay::new();
-    let (tailnet, key) = machine::control(&underlay);
+    let (mut tailnet, key) = machine::control(&underlay);
     let url = tailnet.url();
     let host = Arc::new(Host::start(&underlay, &tailnet, &key));
     let web = match contender {
@@ -56,7 +56,7 @@ pub fn until_first_byte(_: &Plan, contender: Contender, report: &mut Report) {
             ("first-byte", first_byte),
             ("after-ready", first_byte - ready),
         ];
-        if contender == Contender::Ours {
+        if contender == Contender::Ours && how != "away" {
             let [node, member] = moments(&host.log(), begun_at);
             phases.extend([
                 ("ready/plugin-and-device", node),
@@ -70,6 +70,7 @@ pub fn until_first_byte(_: &Plan, contender: Contender, report: &mut Report) {
         }
         machine
     };
+    let mut machines = Vec::new();
     for number in 0..TIMES {
         let name = format!("app{number}");
         // Made before the clock runs: the engine makes it, with either way.
@@ -89,12 +90,27 @@ pub fn until_first_byte(_: &Plan, contender: Contender, report: &mut Report) {
             Stopped::Ours(host, container) => Some(Stopped::Ours(host, container.started_again())),
             gopher => Some(gopher),
         };
-        measure("known", &mut || match stopped.take().expect("one start") {
+        let known = measure("known", &mut || match stopped.take().expect("one start") {
             Stopped::Ours(host, container) => Machine::attach(&host, container),
             Stopped::Tailscaled(gopher) => {
                 let joined = gopher.started_again(&url, &key, &name);
                 Machine::tailscaled(joined.unwrap())
             }
+        });
+        machines.push(known);
+    }
+    if contender != Contender::Ours {
+        return;
+    }
+    // Nobody answers, and the last map must do.
+    tailnet.stop();
+    for machine in machines {
+        let Some(Stopped::Ours(host, container)) = machine.stop() else {
+            unreachable!("ours");
+        };
+        let mut container = Some(container.started_again());
+        measure("away", &mut || {
+            Machine::attach(&host, container.take().expect("one start"))
         });
     }
 }
