@@ -225,3 +225,108 @@ fn set_offload(tun: &OwnedFd, wanted: Offload) -> Offload {
     }
     Offload::None
 }
+
+#[cfg(test)]
+mod tests {
+    use std::thread;
+
+    use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, recv, socketpair};
+
+    use super::*;
+    use crate::packet::{self, IPV4_HEADER};
+
+    /// From now on the kernel refuses this thread writes of so many parts and more, as kernels do that
+    /// take no bursts.
+    fn refuse_writes_of_parts(count: u32) {
+        // In struct seccomp_data (linux/seccomp.h): the number of the call, and its third argument.
+        const CALL: u32 = 0;
+        const THIRD: u32 = 32;
+        let step = |code, k, jt, jf| libc::sock_filter {
+            code: code as u16,
+            jt,
+            jf,
+            k,
+        };
+        let load = libc::BPF_LD | libc::BPF_W | libc::BPF_ABS;
+        let jump = libc::BPF_JMP | libc::BPF_K;
+        let end = libc::BPF_RET | libc::BPF_K;
+        let mut filter = [
+            step(load, CALL, 0, 0),
+            step(jump | libc::BPF_JEQ, libc::SYS_writev as u32, 0, 3),
+            step(load, THIRD, 0, 0),
+            step(jump | libc::BPF_JGE, count, 0, 1),
+            step(end, libc::SECCOMP_RET_ERRNO | libc::EINVAL as u32, 0, 0),
+            step(end, libc::SECCOMP_RET_ALLOW, 0, 0),
+        ];
+        let program = libc::sock_fprog {
+            len: filter.len() as u16,
+            filter: filter.as_mut_ptr(),
+        };
+        // SAFETY: the kernel reads the program, which outlives the call.
+        unsafe {
+            assert_eq!(libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), 0);
+            let mode = libc::SECCOMP_SET_MODE_FILTER;
+            assert_eq!(libc::syscall(libc::SYS_seccomp, mode, 0, &program), 0);
+        }
+    }
+
+    #[test]
+    fn where_the_kernel_refuses_bursts_packets_go_one_by_one() {
+        let parts: Vec<Vec<u8>> = (0..3)
+            .map(|number: u8| {
+                let [from, to] = ["100.64.0.1:7", "100.64.0.2:7"].map(|it| it.parse().unwrap());
+                packet::udp(from, to, &[number; 100]).unwrap()
+            })
+            .collect();
+        let wanted = parts.clone();
+        // The filter is this thread's for good.
+        let test = move || {
+            let runtime = tokio::runtime::Builder::new_current_thread()
+                .enable_all()
+                .build()
+                .unwrap();
+            let _entered = runtime.enter();
+            let (tun, container) = socketpair(
+                AddressFamily::Unix,
+                SockType::SeqPacket,
+                None,
+                SockFlag::SOCK_NONBLOCK,
+            )
+            .unwrap();
+            // SAFETY: an OwnedFd stays open, and the same, for as long as the AsyncFd owns it.
+            let tun = unsafe { AsyncFd::register(tun) };
+            let device = Device {
+                tun: tun.unwrap(),
+                tcp_bursts: true.into(),
+                udp_bursts: true.into(),
+            };
+            refuse_writes_of_parts(3);
+            for _ in 0..2 {
+                let mut bytes = parts.concat();
+                let len = parts[0].len();
+                let mut packets: Vec<_> = (0..3).map(|at| at * len..(at + 1) * len).collect();
+                let mut joiner = Joiner::default();
+                device
+                    .send_all(&mut bytes, &mut packets, &mut joiner)
+                    .unwrap();
+                for packet in &wanted {
+                    let mut room = vec![0; 300];
+                    let len = recv(container.as_raw_fd(), &mut room, MsgFlags::empty()).unwrap();
+                    let (header, received) = room[..len].split_at(offload::HEADER);
+                    assert_eq!(header, Header::default().to_bytes());
+                    // A packet of a burst has its number in the header.
+                    assert_eq!(received[IPV4_HEADER..], packet[IPV4_HEADER..]);
+                }
+                assert!(
+                    !device.udp_bursts.load(Ordering::Relaxed),
+                    "it is not tried again"
+                );
+                assert!(
+                    device.tcp_bursts.load(Ordering::Relaxed),
+                    "nobody refused those"
+                );
+            }
+        };
+        thread::spawn(test).join().unwrap();
+    }
+}

@@ -270,7 +270,40 @@ fn allow_fragments(socket: &Socket, dual: bool) -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use std::{os::fd::AsRawFd, time::Duration};
+
     use super::*;
+
+    #[tokio::test]
+    async fn where_the_kernel_refuses_trains_datagrams_go_one_by_one() {
+        let udp = Udp::open(0, true).unwrap();
+        // A socket that sends without checksums may send no trains (net/ipv4/udp.c: udp_send_skb).
+        let without: libc::c_int = 1;
+        // SAFETY: the descriptor is open, and the kernel reads a number.
+        let set = unsafe {
+            libc::setsockopt(
+                udp.socket.as_raw_fd(),
+                libc::SOL_SOCKET,
+                libc::SO_NO_CHECK,
+                (&raw const without).cast(),
+                size_of_val(&without) as libc::socklen_t,
+            )
+        };
+        assert_eq!(set, 0);
+        let receiver = std::net::UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+        receiver
+            .set_read_timeout(Some(Duration::from_secs(30)))
+            .unwrap();
+        let to = receiver.local_addr().unwrap();
+        assert!(udp.train(100) >= 250);
+        udp.socket.writable().await.unwrap();
+        for _ in 0..2 {
+            udp.send(to, &[7; 250], 100).unwrap();
+            let lengths = [(); 3].map(|()| receiver.recv(&mut [0; 300]).unwrap());
+            assert_eq!(lengths, [100, 100, 50]);
+            assert_eq!(udp.train(100), 100, "it is not tried again");
+        }
+    }
 
     #[test]
     fn versions_of_kernels() {
