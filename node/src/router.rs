@@ -1,8 +1,8 @@
 //! Where every packet of a node goes: the sans-IO heart of the packet path.
 //!
 //! Packets from the container, datagrams from UDP and from the relays, and the clock come in;
-//! what to send where is collected in an [`Out`]. One router is owned by one task: no lock, no
-//! channel and no allocation stand between a packet and its datagram.
+//! what to send where is collected in an [`Out`]. No channel and no allocation stand between a packet
+//! and its datagram.
 
 use std::{
     collections::{BTreeSet, HashMap, VecDeque},

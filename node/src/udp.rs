@@ -131,7 +131,8 @@ impl Udp {
             *filled = self
                 .state
                 .recv((&self.socket).into(), &mut buffers, metas)?;
-            // Where it was less than there is room for, asking again would find nothing.
+            // recvmmsg takes all that is there: where that was less than there is room for, asking again
+            // would find nothing.
             match *filled < BUFFERS {
                 true => Err(io::ErrorKind::WouldBlock.into()),
                 false => Ok(()),
