@@ -27,7 +27,7 @@ use tailnode_wire::{
 use tokio::{
     sync::{mpsc, oneshot, watch},
     task::JoinSet,
-    time::{Instant, sleep, timeout},
+    time::{Instant, sleep, sleep_until, timeout},
 };
 use tokio_util::{codec::Decoder, either::Either, task::AbortOnDropHandle};
 use tracing::{Instrument, debug, info, warn};
@@ -36,10 +36,12 @@ use url::Url;
 mod frames;
 mod lock;
 mod oauth;
+mod pace;
 mod registration;
 
 use frames::Frames;
 use oauth::NoKey;
+use pace::{Pace, Socket};
 use registration::{Key, Registration, Standing, Step};
 
 use crate::{
@@ -574,8 +576,10 @@ impl Session {
         let mut updates = pin!(updates.run());
         let mut pings = JoinSet::new();
         let mut expires = None;
+        let mut pace = Pace::new(Instant::now());
         loop {
             while let Some(packed) = Frames.decode(&mut buffer).map_err(retry)? {
+                pace.note(Instant::now());
                 let message = packed.read().await.map_err(retry)?;
                 if let Some(ping) = &message.ping_request {
                     self.ping(ping, connection, &mut pings);
@@ -585,6 +589,9 @@ impl Session {
                 }
                 self.take(message, live).await?;
             }
+            let gather = pace.gather(Instant::now());
+            let hush = |_| connection.socket.hush().map_err(retry);
+            let _hushed = gather.map(hush).transpose()?;
             tokio::select! {
                 frame = timeout(WATCHDOG, body.frame()) => match frame {
                     Err(_) => return Err(silence()),
@@ -599,6 +606,7 @@ impl Session {
                     debug!(%error, "answering a ping failed");
                 },
                 () = moment(self.clock, expires) => return Err(Failure::Expired),
+                () = sleep_until(gather.unwrap_or_else(Instant::now)), if gather.is_some() => {}
             }
         }
     }
@@ -905,6 +913,8 @@ struct Connection {
     /// `https://` and the server's name, as HTTP/2 wants it in every request.
     origin: String,
     base: String,
+    /// What all this is carried by.
+    socket: Arc<Socket>,
     _driver: Arc<AbortOnDropHandle<()>>,
 }
 
@@ -939,7 +949,7 @@ impl Connection {
     async fn open_slowly(config: &Config, keys: &Keys) -> Result<Self, Failure> {
         let server = &config.login_server;
         let base = server.path().trim_end_matches('/').to_owned();
-        let mut http = connect(server, config.tls.clone()).await?;
+        let (mut http, mut socket) = connect(server, config.tls.clone()).await?;
         let key = get(
             server,
             Method::GET,
@@ -962,7 +972,7 @@ impl Connection {
         headers.insert(header::CONNECTION, HeaderValue::from_static("upgrade"));
         headers.insert(noise::HANDSHAKE_HEADER, handshake.parse().map_err(retry)?);
         if !http.is_open().await {
-            http = connect(server, config.tls.clone()).await?;
+            (http, socket) = connect(server, config.tls.clone()).await?;
         }
         let channel = pending
             .complete(http.upgrade(upgrade).await?)
@@ -984,6 +994,7 @@ impl Connection {
             sender,
             origin: format!("https://{}", authority(server)),
             base,
+            socket: Arc::new(socket),
             _driver: Arc::new(AbortOnDropHandle::new(driver)),
         })
     }
@@ -1074,15 +1085,13 @@ const NOT_SUPPORTED: &str = "HTTP/1.1 501 Not Implemented\r\n\
 async fn head(url: Url, tls: Arc<rustls::ClientConfig>) -> Result<(), Failure> {
     let target = url.path().to_owned() + &url.query().map(|q| format!("?{q}")).unwrap_or_default();
     let request = get(&url, Method::HEAD, &target)?;
-    connect(&url, tls)
-        .await?
-        .send(request, StatusCode::OK)
-        .await?;
+    let (mut http, _) = connect(&url, tls).await?;
+    http.send(request, StatusCode::OK).await?;
     Ok(())
 }
 
 /// Connects to the host of a URL.
-async fn connect(url: &Url, tls: Arc<rustls::ClientConfig>) -> Result<Http, Failure> {
+async fn connect(url: &Url, tls: Arc<rustls::ClientConfig>) -> Result<(Http, Socket), Failure> {
     let secure = match url.scheme() {
         "https" => true,
         "http" => false,
@@ -1098,12 +1107,13 @@ async fn connect(url: &Url, tls: Arc<rustls::ClientConfig>) -> Result<Http, Fail
     // URLs alone put IPv6 addresses in brackets.
     let host = host.trim_start_matches('[').trim_end_matches(']');
     let tcp = dial::tcp(host, port).await?;
+    let socket = Socket::of(&tcp).map_err(retry)?;
     let stream = if secure {
         Either::Right(dial::tls(tcp, host, tls).await?)
     } else {
         Either::Left(tcp)
     };
-    Ok(Http::open(stream).await?)
+    Ok((Http::open(stream).await?, socket))
 }
 
 /// A request without a body to the host of a URL.

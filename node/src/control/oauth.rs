@@ -148,7 +148,7 @@ async fn ask(
         }
         let body = Full::new(Bytes::from(question.body.expose().to_owned()));
         let request = request.body(body).map_err(retry)?;
-        let mut http = connect(&client.api, tls.clone()).await?;
+        let (mut http, _) = connect(&client.api, tls.clone()).await?;
         let response = http.ask(request).await?;
         let status = response.status();
         Ok((status, dial::body(response, MAX_ANSWER).await?))
