@@ -60,6 +60,9 @@ pub enum Closed {
     Failed(#[from] io::Error),
 }
 
+/// A packet, or a burst, behind its header.
+pub type Received<'a> = Result<Option<(Header, &'a mut [u8])>, Closed>;
+
 impl Device {
     /// Takes a non-blocking TUN descriptor. Needs a tokio runtime.
     pub fn new(tun: OwnedFd, offload: Offload) -> io::Result<Self> {
@@ -85,11 +88,8 @@ impl Device {
     }
 
     /// What the container sent next, read into `buffer` of [`PACKET_ROOM`] bytes; `None` when there
-    /// is nothing now.
-    pub fn receive<'a>(
-        &self,
-        buffer: &'a mut [u8],
-    ) -> Result<Option<(Header, &'a mut [u8])>, Closed> {
+    /// is nothing that [`Device::readable`] told of.
+    pub fn receive<'a>(&self, buffer: &'a mut [u8]) -> Received<'a> {
         // One readiness at a time: tokio's try_io takes a set of both for none.
         let mut attempt = |readiness| {
             self.tun.try_io(readiness, |fd| {
@@ -100,6 +100,17 @@ impl Device {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => attempt(Interest::ERROR),
             received => received,
         };
+        Self::received(received, buffer)
+    }
+
+    /// The same, without being told: what the container's kernel answers by itself is there as soon as it
+    /// was handed the question.
+    pub fn receive_untold<'a>(&self, buffer: &'a mut [u8]) -> Received<'a> {
+        let received = read(&self.tun, &mut *buffer).map_err(io::Error::from);
+        Self::received(received, buffer)
+    }
+
+    fn received(received: io::Result<usize>, buffer: &mut [u8]) -> Received<'_> {
         match received {
             Ok(len) => Ok(buffer
                 .get_mut(..len)
@@ -235,6 +246,44 @@ mod tests {
     use super::*;
     use crate::packet::{self, IPV4_HEADER};
 
+    /// One that a socket stands in for, and the container's end of that. Needs a tokio runtime.
+    fn device() -> (Device, OwnedFd) {
+        let (tun, container) = socketpair(
+            AddressFamily::Unix,
+            SockType::SeqPacket,
+            None,
+            SockFlag::SOCK_NONBLOCK,
+        )
+        .unwrap();
+        // SAFETY: an OwnedFd stays open, and the same, for as long as the AsyncFd owns it.
+        let tun = unsafe { AsyncFd::register(tun) };
+        let device = Device {
+            tun: tun.unwrap(),
+            tcp_bursts: true.into(),
+            udp_bursts: true.into(),
+        };
+        (device, container)
+    }
+
+    #[tokio::test]
+    async fn an_answer_is_read_before_the_loop_tells_of_it() {
+        let (device, container) = device();
+        let mut room = [0; PACKET_ROOM];
+        assert!(device.receive_untold(&mut room).unwrap().is_none());
+        let mut answer = Header::default().to_bytes().to_vec();
+        answer.extend(b"answer");
+        nix::unistd::write(&container, &answer).unwrap();
+        assert!(device.receive(&mut room).unwrap().is_none(), "not told yet");
+        let (_, packet) = device.receive_untold(&mut room).unwrap().unwrap();
+        assert_eq!(packet, b"answer");
+
+        // What nobody read untold is told of.
+        nix::unistd::write(&container, &answer).unwrap();
+        device.readable().await.unwrap();
+        let (_, packet) = device.receive(&mut room).unwrap().unwrap();
+        assert_eq!(packet, b"answer");
+    }
+
     /// From now on the kernel refuses this thread writes of so many parts and more, as kernels do that
     /// take no bursts.
     fn refuse_writes_of_parts(count: u32) {
@@ -286,20 +335,7 @@ mod tests {
                 .build()
                 .unwrap();
             let _entered = runtime.enter();
-            let (tun, container) = socketpair(
-                AddressFamily::Unix,
-                SockType::SeqPacket,
-                None,
-                SockFlag::SOCK_NONBLOCK,
-            )
-            .unwrap();
-            // SAFETY: an OwnedFd stays open, and the same, for as long as the AsyncFd owns it.
-            let tun = unsafe { AsyncFd::register(tun) };
-            let device = Device {
-                tun: tun.unwrap(),
-                tcp_bursts: true.into(),
-                udp_bursts: true.into(),
-            };
+            let (device, container) = device();
             refuse_writes_of_parts(3);
             for _ in 0..2 {
                 let mut bytes = parts.concat();

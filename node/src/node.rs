@@ -32,7 +32,7 @@ use crate::{
     carriers::{Carrier, Carriers},
     clock::{Clock, Latest},
     control, derp,
-    device::{Closed, Device, Offload, PACKET_ROOM},
+    device::{Closed, Device, Offload, PACKET_ROOM, Received},
     dial,
     dns::{Resolver, Upstreams, Zone},
     neighbours::{Door, Neighbours, Presence},
@@ -676,7 +676,7 @@ impl Task {
             }
             let turn = tokio::select! {
                 ready = self.door.device.readable() => match ready {
-                    Ok(()) => others_first(self.serve_tun()).await,
+                    Ok(()) => others_first(self.serve_tun(Device::receive)).await,
                     Err(error) => Err(Closed::Failed(error)),
                 },
                 ready = self.udp.readable() => match ready {
@@ -782,7 +782,10 @@ impl Task {
     }
 
     /// Takes what the container sends. Returns whether there may be more.
-    fn serve_tun(&mut self) -> Result<bool, Closed> {
+    fn serve_tun(
+        &mut self,
+        receive: for<'a> fn(&Device, &'a mut [u8]) -> Received<'a>,
+    ) -> Result<bool, Closed> {
         let now = Instant::now();
         self.stir(now);
         SCRATCH.with_borrow_mut(|scratch| {
@@ -795,7 +798,7 @@ impl Task {
             } = scratch;
             let (mut bytes, mut more) = (0, true);
             for _ in 0..TURN {
-                let Some((header, packet)) = self.door.device.receive(packet)? else {
+                let Some((header, packet)) = receive(&self.door.device, packet)? else {
                     more = false;
                     break;
                 };
@@ -820,10 +823,12 @@ impl Task {
         })
     }
 
-    /// Takes what the network brings. Returns whether there may be more.
+    /// Takes what the network brings, and what the container answers at once. Returns whether there may be
+    /// more of the network's.
     fn serve_udp(&mut self) -> Result<bool, Closed> {
         let now = Instant::now();
-        SCRATCH.with_borrow_mut(|scratch| {
+        let before = self.rx_bytes;
+        let more = SCRATCH.with_borrow_mut(|scratch| {
             let Scratch {
                 batch, out, joiner, ..
             } = scratch;
@@ -859,8 +864,13 @@ impl Task {
                 }
             }
             self.flush(out, joiner)?;
-            Ok(more)
-        })
+            Ok::<_, Closed>(more)
+        })?;
+        if self.rx_bytes != before {
+            // What is left then is told of.
+            self.serve_tun(Device::receive_untold)?;
+        }
+        Ok(more)
     }
 
     fn serve_relays(
