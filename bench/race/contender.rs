@@ -19,9 +19,11 @@ pub enum Contender {
     Bridge(&'static str),
     /// A bridge of this engine's whose containers know each other's names, as on a tailnet.
     NamedBridge(&'static str),
+    /// Two such bridges: as many networks as Docker gives a container on a tailnet.
+    TwoBridges(&'static str),
 }
 
-use Contender::{Bridge, Floor, NamedBridge, Ours, Tailscaled, Veth, WireguardGo};
+use Contender::{Bridge, Floor, NamedBridge, Ours, Tailscaled, TwoBridges, Veth, WireguardGo};
 
 impl Contender {
     /// All that carry traffic from app to app.
@@ -44,7 +46,7 @@ impl Contender {
 
     /// Whether it is an engine's own network, which is compared with by what ours takes more.
     pub fn is_bridge(self) -> bool {
-        matches!(self, Bridge(_) | NamedBridge(_))
+        matches!(self, Bridge(_) | NamedBridge(_) | TwoBridges(_))
     }
 }
 
@@ -64,6 +66,7 @@ impl fmt::Display for Contender {
             Veth => "veth".to_owned(),
             Bridge(engine) => format!("{engine} bridge"),
             NamedBridge(engine) => format!("{engine} named bridge"),
+            TwoBridges(engine) => format!("{engine} two bridges"),
         })
     }
 }

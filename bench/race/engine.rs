@@ -7,7 +7,7 @@ use std::{
 
 use crate::{
     Plan,
-    contender::Contender::{Bridge, NamedBridge, Ours},
+    contender::Contender::{Bridge, NamedBridge, Ours, TwoBridges},
     report::{MILLISECONDS, Report},
 };
 
@@ -47,6 +47,7 @@ fn add(line: &str, report: &mut Report) -> Option<()> {
     let (contender, starts) = match network {
         "bridge" => (Bridge(engine), all),
         "named-bridge" => (NamedBridge(engine), all),
+        "two-bridges" => (TwoBridges(engine), all),
         start => {
             let at = all.iter().position(|it| *it == start)?;
             (Ours, &all[at..=at])
