@@ -11,9 +11,13 @@ use std::{convert::Infallible, net::SocketAddr, pin::pin, sync::Arc, time::Durat
 
 use bytes::{Bytes, BytesMut};
 use chrono::{DateTime, Utc};
+use futures_util::FutureExt;
 use http::{HeaderValue, Method, Request, Response, StatusCode, header};
 use http_body_util::{BodyExt, Full};
-use hyper::{body::Incoming, client::conn::http2};
+use hyper::{
+    body::{Frame, Incoming},
+    client::conn::http2,
+};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use ipnet::IpNet;
 use serde::{Serialize, de::DeserializeOwned};
@@ -589,17 +593,18 @@ impl Session {
                 }
                 self.take(message, live).await?;
             }
+            // What is there already does not wait.
+            if let Some(frame) = body.frame().now_or_never() {
+                take_frame(frame, &mut buffer)?;
+                continue;
+            }
             let gather = pace.gather(Instant::now());
             let hush = |_| connection.socket.hush().map_err(retry);
             let _hushed = gather.map(hush).transpose()?;
             tokio::select! {
-                frame = timeout(WATCHDOG, body.frame()) => match frame {
-                    Err(_) => return Err(silence()),
-                    Ok(None) => return Err(retry("the control server ended the map stream")),
-                    Ok(Some(frame)) => if let Ok(data) = frame?.into_data() {
-                        buffer.extend_from_slice(&data);
-                    },
-                },
+                frame = timeout(WATCHDOG, body.frame()) => {
+                    take_frame(frame.map_err(|_| silence())?, &mut buffer)?;
+                }
                 failure = &mut updates => return Err(failure),
                 Ok(()) = self.moved.changed() => return Err(retry("the host has moved")),
                 Some(ping) = pings.join_next() => if let Err(error) = ping {
@@ -1087,6 +1092,18 @@ async fn head(url: Url, tls: Arc<rustls::ClientConfig>) -> Result<(), Failure> {
     let request = get(&url, Method::HEAD, &target)?;
     let (mut http, _) = connect(&url, tls).await?;
     http.send(request, StatusCode::OK).await?;
+    Ok(())
+}
+
+/// Takes what came of a map stream, which has no end.
+fn take_frame(
+    frame: Option<Result<Frame<Bytes>, hyper::Error>>,
+    buffer: &mut BytesMut,
+) -> Result<(), Failure> {
+    let frame = frame.ok_or_else(|| retry("the control server ended the map stream"))?;
+    if let Ok(data) = frame?.into_data() {
+        buffer.extend_from_slice(&data);
+    }
     Ok(())
 }
 
