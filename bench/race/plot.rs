@@ -96,16 +96,26 @@ fn document(charts: &[Chart]) -> String {
          <rect width=\"100%\" height=\"100%\" fill=\"white\"/>\n",
         WIDTH * charts.len() as f64
     );
+    let mut names: Vec<&str> = Vec::new();
+    for (name, _) in charts.iter().flat_map(|chart| &chart.series) {
+        if !names.contains(&name.as_str()) {
+            names.push(name);
+        }
+    }
+    let colour = |name: &str| {
+        let at = names.iter().position(|it| *it == name).unwrap_or_default();
+        COLOURS[at % COLOURS.len()]
+    };
     for (number, chart) in charts.iter().enumerate() {
         let left = WIDTH * number as f64;
-        let drawn = chart.draw();
+        let drawn = chart.draw(colour);
         writeln!(svg, "<g transform=\"translate({left} 0)\">\n{drawn}</g>").unwrap();
     }
     svg + "</svg>\n"
 }
 
 impl Chart {
-    fn draw(&self) -> String {
+    fn draw(&self, colour: impl Fn(&str) -> &'static str) -> String {
         let (left, top, right, bottom) = MARGINS;
         let (wide, high) = (WIDTH - left - right, HEIGHT - top - bottom);
         let points = || self.series.iter().flat_map(|(_, points)| points);
@@ -142,19 +152,27 @@ impl Chart {
             line(&mut svg, &[(left, y), (left + wide, y)], "#dddddd", 1.0);
             text(&mut svg, (left - 6.0, y + 4.0), "end", &number(tick), "");
         }
+        let mut drawn: Vec<(f64, f64)> = Vec::new();
         for (index, (name, points)) in self.series.iter().enumerate() {
-            let colour = COLOURS[index % COLOURS.len()];
+            let colour = colour(name);
             let places: Vec<_> = points.iter().map(|&(x, y)| (x_at(x), y_at(y))).collect();
             if self.joined {
                 line(&mut svg, &places, colour, 2.0);
             }
-            for (x, y) in &places {
+            for &(x, y) in &places {
+                // Where another is already, a ring around it.
+                let near = |it: &&(f64, f64)| (it.0 - x).hypot(it.1 - y) < 4.0;
+                let shape = match drawn.iter().filter(near).count() {
+                    0 => "r=\"4\" fill",
+                    _ => "r=\"7\" fill=\"none\" stroke-width=\"2.5\" stroke",
+                };
                 writeln!(
                     svg,
-                    "<circle cx=\"{x:.1}\" cy=\"{y:.1}\" r=\"4\" fill=\"{colour}\"/>"
+                    "<circle cx=\"{x:.1}\" cy=\"{y:.1}\" {shape}=\"{colour}\"/>"
                 )
                 .unwrap();
             }
+            drawn.extend(places);
             let y = top + 14.0 + 16.0 * index as f64;
             let x = if self.joined {
                 left + 12.0
