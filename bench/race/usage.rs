@@ -1,14 +1,21 @@
 //! What processes have used, as the kernel counts it.
 
-use std::{fs, path::Path, thread, time::Instant};
+use std::{
+    fs,
+    path::Path,
+    thread,
+    time::{Duration, Instant},
+};
 
-use nix::unistd::{SysconfVar, sysconf};
+use nix::{
+    time::clock_getcpuclockid,
+    unistd::{Pid, SysconfVar, sysconf},
+};
 
 /// CPU seconds of these processes and all their threads, since they started; in user and in kernel
-/// mode, to the hundredth.
+/// mode.
 pub fn cpu(processes: &[u32]) -> f64 {
-    let ticks: u64 = processes.iter().map(|&id| cpu_ticks(id)).sum();
-    ticks as f64 / ticks_per_second()
+    processes.iter().map(|&id| cpu_of(id).as_secs_f64()).sum()
 }
 
 /// The whole machine from a moment on: whatever the kernel does for the traffic, in whoever's name.
@@ -50,14 +57,9 @@ fn ticks_per_second() -> f64 {
     ticks.expect("a clock tick") as f64
 }
 
-fn cpu_ticks(id: u32) -> u64 {
-    let stat = read(format!("/proc/{id}/stat"));
-    // Fields 14 and 15 of proc_pid_stat(5); the second is the name, and may have blanks.
-    let (_, rest) = stat.rsplit_once(')').expect("the name's end");
-    let fields = rest.split_whitespace().skip(11).take(2);
-    fields
-        .map(|ticks| ticks.parse::<u64>().expect("ticks"))
-        .sum()
+fn cpu_of(id: u32) -> Duration {
+    let clock = clock_getcpuclockid(Pid::from_raw(id as i32)).expect("a process that runs");
+    clock.now().expect("its clock").into()
 }
 
 /// Bytes of memory that these processes have for themselves, shared pages counted by their shares.
