@@ -103,8 +103,8 @@ fn document(charts: &[Chart]) -> String {
         }
     }
     let colour = |name: &str| {
-        let at = names.iter().position(|it| *it == name).unwrap_or_default();
-        COLOURS[at % COLOURS.len()]
+        let at = names.iter().position(|it| *it == name);
+        COLOURS[at.expect("a name of a series") % COLOURS.len()]
     };
     for (number, chart) in charts.iter().enumerate() {
         let left = WIDTH * number as f64;
@@ -161,10 +161,11 @@ impl Chart {
             }
             for &(x, y) in &places {
                 // Where another is already, a ring around it.
-                let near = |it: &&(f64, f64)| (it.0 - x).hypot(it.1 - y) < 4.0;
-                let shape = match drawn.iter().filter(near).count() {
-                    0 => "r=\"4\" fill",
-                    _ => "r=\"7\" fill=\"none\" stroke-width=\"2.5\" stroke",
+                let near = |it: &(f64, f64)| (it.0 - x).hypot(it.1 - y) < 4.0;
+                let shape = if drawn.iter().any(near) {
+                    "r=\"7\" fill=\"none\" stroke-width=\"2.5\" stroke"
+                } else {
+                    "r=\"4\" fill"
                 };
                 writeln!(
                     svg,

@@ -42,7 +42,7 @@ pub fn until_first_byte(_: &Plan, contender: Contender, report: &mut Report) {
         }
     };
     let page = traffic::serve_page(&web).unwrap();
-    let mut measure = |how: &str, start: &mut dyn FnMut() -> Machine| {
+    let mut measure = |how: &str, start: Box<dyn FnOnce() -> Machine + '_>| {
         // The kernel takes devices and namespaces that ended away one at a time, and has one lock for
         // those and for new ones.
         thread::sleep(REST);
@@ -74,30 +74,32 @@ pub fn until_first_byte(_: &Plan, contender: Contender, report: &mut Report) {
     for number in 0..TIMES {
         let name = format!("app{number}");
         // Made before the clock runs: the engine makes it, with either way.
-        let (mut container, mut elsewhere) = match contender {
-            Contender::Tailscaled(_) => (None, Some(underlay.host())),
-            _ => (Some(Container::new(&name)), None),
-        };
-        let machine = measure("cold", &mut || match contender {
+        let cold: Box<dyn FnOnce() -> Machine> = match contender {
             Contender::Tailscaled(release) => {
-                let namespace = elsewhere.take().expect("one start");
-                let joined = Gopher::join_as(release, namespace, &url, &key, &name);
-                Machine::tailscaled(joined.unwrap())
+                let namespace = underlay.host();
+                let (url, key, name) = (&url, &key, &name);
+                Box::new(move || {
+                    let joined = Gopher::join_as(release, namespace, url, key, name);
+                    Machine::tailscaled(joined.unwrap())
+                })
             }
-            _ => Machine::attach(&host, container.take().expect("one start")),
-        });
-        let mut stopped = match machine.stop().expect("a node") {
-            Stopped::Ours(host, container) => Some(Stopped::Ours(host, container.started_again())),
-            gopher => Some(gopher),
+            _ => {
+                let container = Container::new(&name);
+                Box::new(|| Machine::attach(&host, container))
+            }
         };
-        let known = measure("known", &mut || match stopped.take().expect("one start") {
-            Stopped::Ours(host, container) => Machine::attach(&host, container),
-            Stopped::Tailscaled(gopher) => {
+        let machine = measure("cold", cold);
+        let known: Box<dyn FnOnce() -> Machine> = match machine.stop().expect("a node") {
+            Stopped::Ours(host, container) => {
+                let container = container.started_again();
+                Box::new(move || Machine::attach(&host, container))
+            }
+            Stopped::Tailscaled(gopher) => Box::new(|| {
                 let joined = gopher.started_again(&url, &key, &name);
                 Machine::tailscaled(joined.unwrap())
-            }
-        });
-        machines.push(known);
+            }),
+        };
+        machines.push(measure("known", known));
     }
     if contender != Contender::Ours {
         return;
@@ -108,10 +110,8 @@ pub fn until_first_byte(_: &Plan, contender: Contender, report: &mut Report) {
         let Some(Stopped::Ours(host, container)) = machine.stop() else {
             unreachable!("ours");
         };
-        let mut container = Some(container.started_again());
-        measure("away", &mut || {
-            Machine::attach(&host, container.take().expect("one start"))
-        });
+        let container = container.started_again();
+        measure("away", Box::new(move || Machine::attach(&host, container)));
     }
 }
 

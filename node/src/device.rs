@@ -238,7 +238,7 @@ fn set_offload(tun: &OwnedFd, wanted: Offload) -> Offload {
 }
 
 #[cfg(test)]
-mod tests {
+pub mod tests {
     use std::thread;
 
     use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, recv, socketpair};
@@ -246,15 +246,20 @@ mod tests {
     use super::*;
     use crate::packet::{self, IPV4_HEADER};
 
-    /// One that a socket stands in for, and the container's end of that. Needs a tokio runtime.
-    fn device() -> (Device, OwnedFd) {
-        let (tun, container) = socketpair(
+    /// What stands in for a TUN, and the container's end of it.
+    pub fn stand_in() -> (OwnedFd, OwnedFd) {
+        socketpair(
             AddressFamily::Unix,
             SockType::SeqPacket,
             None,
             SockFlag::SOCK_NONBLOCK,
         )
-        .unwrap();
+        .unwrap()
+    }
+
+    /// Needs a tokio runtime.
+    fn device() -> (Device, OwnedFd) {
+        let (tun, container) = stand_in();
         // SAFETY: an OwnedFd stays open, and the same, for as long as the AsyncFd owns it.
         let tun = unsafe { AsyncFd::register(tun) };
         let device = Device {

@@ -1508,11 +1508,11 @@ async fn stun_targets(map: DerpMap, to: mpsc::Sender<Vec<Target>>) {
 mod tests {
     use std::net::{TcpListener, UdpSocket};
 
-    use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
     use tempfile::TempDir;
     use tokio::time::{sleep, timeout};
 
     use super::*;
+    use crate::device::tests::stand_in;
 
     /// Waiting for longer is a failure of the test, not of the node.
     const PATIENCE: Duration = Duration::from_secs(30);
@@ -1526,13 +1526,7 @@ mod tests {
 
     /// A node whose device leads to the socket.
     async fn node(state: &TempDir, server: &Url) -> (Node, OwnedFd) {
-        let (tun, container) = socketpair(
-            AddressFamily::Unix,
-            SockType::SeqPacket,
-            None,
-            SockFlag::SOCK_NONBLOCK,
-        )
-        .unwrap();
+        let (tun, container) = stand_in();
         let config = Config {
             state_dir: state.path().to_owned(),
             login_server: server.clone(),

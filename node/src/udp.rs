@@ -24,8 +24,8 @@ const TRAIN_MAX: usize = 65_535 - 40 - 8;
 /// What the kernel may hold for us in each direction, in bytes (it doubles the number for what a
 /// packet costs beside its bytes). A burst of the container's is a train of 64 KiB; the kernel's own
 /// default has room for three. What is larger than needed fills before it drops, and delays all
-/// behind it. Where the apps leave few turns to who receives, 512 KiB lost 4 % of a stream's trains, this
-/// 0.5 %, and twice as much none; the median ping beside the stream took 1.0, 1.3 and 1.5 ms.
+/// behind it. Where the apps leave few turns to who receives, 512 KiB lost 1 to 4 % of a stream's trains,
+/// this 0.5 %, and twice as much none; the median ping beside the stream took 1.0, 1.3 and 1.5 ms.
 const SOCKET_BUFFER: usize = 1 << 20;
 /// Buffers that one system call may fill, each with a whole train. Few stay in the processor's cache.
 const BUFFERS: usize = 8;

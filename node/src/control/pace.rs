@@ -29,7 +29,7 @@ sockopt_impl!(
 /// When to let changes gather.
 #[derive(Debug)]
 pub struct Pace {
-    /// Each change moves this on by [`GATHER`]; it never lags behind the present.
+    /// Each change moves this on by [`GATHER`], from the present where that is later.
     ahead: Instant,
 }
 
